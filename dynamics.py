@@ -1,0 +1,130 @@
+"""One step of sampling a rectified flow, four ways: Flow-SDE, Dance-SDE, CPS and ODE.
+
+Pure functions of tensors: no model, no schedule, no state. All of them share these names.
+
+    name         symbol        shape            meaning
+    sigma        σ             float or (B,)    noise level now, from 1 (noise) down to 0 (image)
+    sigma_next   σ'            float or (B,)    noise level after the step, σ' < σ
+    h            σ − σ'        float or (B,)    length of the step, positive
+    x            x_σ           (B, ...)         latents, x_σ = (1 − σ) x0 + σ ε
+    v            v             (B, ...)         velocity ε − x0 as the network predicts it, guidance included
+    x0           x̂0 = x − σ v         (B, ...)  what the network takes for the clean latents
+    x1           x̂1 = x + (1 − σ) v   (B, ...)  what it takes for the noise; the score is −x̂1 / σ
+    g            g             as sigma         diffusion coefficient of the SDE
+    mean, std    μ, τ          (B, ...), ()     x' ~ N(μ, τ² I); τ is the std of the whole transition, √h included
+    noise_level  a or η        float            0 is deterministic; 0.7 Flow-SDE, 0.3 Dance-SDE, 0.8 CPS are usual
+
+Flow-SDE and Dance-SDE discretise one SDE, dx = [v − g²/2 · score] dt + g dw run from σ = 1 to 0, with two choices
+of g. CPS leaves the amounts of image and noise in x' exactly those of the schedule, but for data that is not a
+point it does not keep the marginals of the flow, at any number of steps (`tests/test_dynamics.py` measures it).
+
+Papers: Flow-GRPO arXiv 2505.05470; DanceGRPO arXiv 2505.07818; CPS arXiv 2509.05952.
+"""
+
+import math
+from typing import NamedTuple, Optional
+
+import torch
+
+DYNAMICS = ("Flow-SDE", "Dance-SDE", "CPS", "ODE")
+
+
+class Step(NamedTuple):
+    """One transition x -> x_next."""
+
+    x_next: torch.Tensor
+    """(B, ...) in the dtype of x."""
+    log_prob: Optional[torch.Tensor]
+    """(B,), the mean over all other dimensions, of x_next under N(mean, std²); None where nothing is random."""
+    mean: torch.Tensor
+    """(B, ...) in the dtype of the computation; carries the gradient to v."""
+    std: torch.Tensor
+    """Standard deviation of the whole transition, broadcastable to x: 0-dimensional, or (B, 1, ...) for (B,) sigmas."""
+
+
+def step(
+    dynamics_type,
+    v,
+    x,
+    sigma,
+    sigma_next,
+    noise_level,
+    *,
+    sigma_second=None,
+    x_next=None,
+    generator=None,
+) -> Step:
+    """Take one step from sigma to sigma_next, or score a step already taken.
+
+    v, x: (B, ...) of any float dtype. Everything is computed in float32 (in float64 if either is float64).
+    sigma, sigma_next, sigma_second: a float, a scalar tensor or a (B,) tensor, with 1 >= sigma > sigma_next >= 0.
+    sigma_second: the second sigma of the schedule. Flow-SDE's g is infinite at sigma = 1, so in the first step, and
+        only there, it stands in for sigma in the denominator (the released code of Flow-GRPO; the paper is silent).
+        The first step is the one with sigma > sigma_second, so a schedule that starts at 0.999 is treated alike.
+        Left out, it is sigma_next wherever sigma is 1.
+    x_next: (B, ...) the step that was taken; drawn if None, and then rounded to x's dtype before it is scored, so
+        that what is stored is what was scored.
+    generator: a torch.Generator, or a list of B of them, one per sample.
+
+    Raises ValueError for an unknown dynamics_type.
+    """
+    if dynamics_type not in DYNAMICS:
+        raise ValueError(f"dynamics_type {dynamics_type!r} is not one of {', '.join(DYNAMICS)}")
+    dtype = torch.promote_types(torch.promote_types(v.dtype, x.dtype), torch.float32)
+    storage = x.dtype
+    v, x = v.to(dtype), x.to(dtype)
+    sigma, sigma_next = _like(sigma, x), _like(sigma_next, x)
+    sigma_second = torch.where(sigma < 1, sigma, sigma_next) if sigma_second is None else _like(sigma_second, x)
+    h = sigma - sigma_next
+
+    if dynamics_type == "CPS":  # arXiv 2509.05952: split the noise σ' x̂1 into a kept part and a fresh part
+        std = sigma_next * math.sin(noise_level * math.pi / 2)
+        kept = sigma_next * math.cos(noise_level * math.pi / 2)  # √(σ'² − τ²)
+        mean = (1 - sigma_next) * (x - sigma * v) + kept * (x + (1 - sigma) * v)
+    else:
+        if dynamics_type == "Flow-SDE":  # arXiv 2505.05470, eq. 9: g = a √(σ / (1 − σ))
+            first = (sigma >= 1) | (sigma > sigma_second)
+            g = noise_level * torch.sqrt(sigma / (1 - torch.where(first, sigma_second, sigma)))
+        elif dynamics_type == "Dance-SDE":  # arXiv 2505.07818: g = η
+            g = noise_level * torch.ones_like(sigma)
+        else:
+            g = torch.zeros_like(sigma)
+        std = g * torch.sqrt(h)
+        # Euler-Maruyama, μ = x − h (v + g²/2σ · x̂1), gathered by x and v
+        mean = x * (1 - g**2 * h / (2 * sigma)) - h * v * (1 + g**2 * (1 - sigma) / (2 * sigma))
+
+    random = dynamics_type != "ODE" and bool((std > 0).any())
+    if x_next is None:
+        x_next = mean.detach()
+        if random:
+            x_next = x_next + std * _randn(x, generator)
+        x_next = x_next.to(storage)
+    log_prob = _log_prob(dynamics_type, x_next.detach().to(dtype), mean, std) if random else None
+    return Step(x_next, log_prob, mean, std)
+
+
+def _log_prob(dynamics_type, x_next, mean, std):
+    """(B,): the mean over the latent dimensions D of log N(x_next; mean, std²), that is, log p(x_next) / D.
+
+    For CPS it is the surrogate −(x_next − mean)² of the authors and of every implementation: 1/(2 std²) is dropped
+    although it differs from step to step, which weights step i by 2 std_i² against the true density.
+    """
+    if dynamics_type == "CPS":
+        log_density = -((x_next - mean) ** 2)
+    else:
+        log_density = -((x_next - mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)
+    return log_density.flatten(1).mean(dim=1)
+
+
+def _like(sigma, x):
+    """A noise level in x's dtype: a scalar stays 0-dimensional, (B,) becomes (B, 1, ...) on x's device."""
+    sigma = torch.as_tensor(sigma, dtype=x.dtype)
+    return sigma if sigma.ndim == 0 else sigma.to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _randn(x, generator):
+    """Standard normal noise of x's shape. One generator per sample makes a sample's noise independent of its batch."""
+    if isinstance(generator, list):
+        return torch.stack([_randn(row, g) for row, g in zip(x, generator, strict=True)])
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)

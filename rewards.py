@@ -1,0 +1,106 @@
+"""Rewards: one small function each, a registry, and the weighted sum.
+
+A reward is `fn(images, prompts) -> (B,)` for images (B, 3, H, W) in [0, 1] and B prompts; higher is better. To add one
+here, write a factory `device -> fn` and put it into REWARDS. To use one of your own without touching this file, write
+the function anywhere and name it: `--reward my_rewards.py:brightness=1`.
+"""
+
+import difflib
+import importlib.util
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from shapes import world
+
+
+def shapes(device):
+    """1 where an image of the embedded world shows exactly what its prompt asks, else 0. See shapes/world.py."""
+    return world.check
+
+
+def jpeg_incompressibility(device):
+    """Kilobytes of the image as a JPEG of quality 95 (DDPO, arXiv 2305.13301)."""
+
+    def kilobytes(images, prompts):
+        pixels = (images.permute(0, 2, 3, 1) * 255).round().clamp(0, 255).byte().cpu().numpy()
+        return torch.tensor([_jpeg_bytes(image) / 1000 for image in pixels])
+
+    return kilobytes
+
+
+def jpeg_compressibility(device):
+    """Minus the kilobytes of the image as a JPEG of quality 95 (DDPO, arXiv 2305.13301)."""
+    kilobytes = jpeg_incompressibility(device)
+    return lambda images, prompts: -kilobytes(images, prompts)
+
+
+def _jpeg_bytes(image: np.ndarray) -> int:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=95)
+    return file.tell()
+
+
+REWARDS = {
+    "shapes": shapes,
+    "jpeg_compressibility": jpeg_compressibility,
+    "jpeg_incompressibility": jpeg_incompressibility,
+}
+
+
+def find_reward(name):
+    """The factory of a reward: a name in REWARDS, or `file.py:function` for a user's own function.
+
+    Raises ValueError, saying what would do, where there is none. Loads no model.
+    """
+    if name in REWARDS:
+        return REWARDS[name]
+    path, colon, function = name.rpartition(":")
+    if not colon:
+        near = difflib.get_close_matches(name, REWARDS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"no reward {name!r}; {hint}known: {', '.join(REWARDS)}, or your own as file.py:function")
+    file = Path(path if path.endswith(".py") else f"{path.replace('.', '/')}.py")
+    if not file.is_file():
+        raise ValueError(f"reward {name!r}: there is no file {file}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"reward {name!r}: {file} does not load: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"reward {name!r}: {file} has no function {function}")
+    return lambda device: getattr(module, function)
+
+
+def make_reward(weights, device):
+    """The weighted sum of rewards.
+
+    weights: {"name": weight}, at least one. Returns fn(images, prompts) -> {"name": (B,), ..., "total": (B,)}, float32
+    on the images' device. Raises ValueError for an unknown name; fn raises ValueError, naming the reward, where one
+    returns anything but B finite numbers.
+    """
+    if not weights:
+        raise ValueError(f"name at least one reward; known: {', '.join(REWARDS)}, or your own as file.py:function")
+    functions = {name: find_reward(name)(device) for name in weights}
+
+    @torch.no_grad()
+    def reward(images, prompts):
+        values = {name: _checked(name, fn(images, list(prompts)), images) for name, fn in functions.items()}
+        return values | {"total": sum(weights[name] * value for name, value in values.items())}
+
+    return reward
+
+
+def _checked(name, value, images):
+    value = torch.as_tensor(value, dtype=torch.float32, device=images.device)
+    if value.shape != (len(images),):
+        raise ValueError(f"reward {name!r} returned shape {tuple(value.shape)} for {len(images)} images")
+    if not value.isfinite().all():
+        bad = int((~value.isfinite()).nonzero()[0])
+        raise ValueError(f"reward {name!r} returned {value[bad].item()} for image {bad}")
+    return value
