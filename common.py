@@ -34,7 +34,7 @@ import torch
 import transformers
 import tyro
 import yaml
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from PIL import Image, ImageDraw
 from torch.utils._pytree import tree_map_only
@@ -197,7 +197,8 @@ def _read_yaml(key, path, trainer, Args):
     for name in own:
         both = isinstance(own[name], dict) and isinstance(settings.get(name), dict)
         settings[name] = {**settings[name], **own[name]} if both else own[name]
-    named = (settings.get("train") or {}).get("trainer_type", trainer)
+    train = settings.get("train")
+    named = train.get("trainer_type", trainer) if isinstance(train, dict) else trainer
     if named != trainer:
         refuse("train.trainer_type", named, f"{path} is for another script; this one is the trainer {trainer!r}")
     _check_keys(settings, Args, path)
@@ -304,18 +305,20 @@ def check_model(args):
         reason = str(error).splitlines()[0]
         refuse("model", args.model, f"no diffusers folder there, and no such model on the hub ({reason})")
     scheduler = (index.get("scheduler") or [None, None])[1]
-    if scheduler != "FlowMatchEulerDiscreteScheduler":
-        refuse(
-            "model", args.model,
-            f"its scheduler is {scheduler}; only rectified flows, with a FlowMatchEulerDiscreteScheduler, will do",
-        )  # fmt: skip
+    try:
+        config = DiffusionPipeline.load_config(args.model, subfolder="scheduler") if scheduler else {}
+    except OSError as error:
+        refuse("model", args.model, f"its scheduler has no configuration ({str(error).splitlines()[0]})")
+    if reason := no_rectified_flow(scheduler, config):
+        refuse("model", args.model, reason)
 
-    vae, denoiser = ({}, {})
-    with _quiet():
-        if "vae" in index:
-            vae = DiffusionPipeline.load_config(args.model, subfolder="vae")
-        if "transformer" in index:
-            denoiser = DiffusionPipeline.load_config(args.model, subfolder="transformer")
+    try:
+        parts = {
+            name: _Part.load_config(args.model, subfolder=name) for name in ("vae", "transformer") if name in index
+        }
+    except Exception as error:
+        refuse("model", args.model, str(error).splitlines()[0])
+    vae, denoiser = parts.get("vae", {}), parts.get("transformer", {})
     patch = denoiser.get("patch_size") or 1
     if "block_out_channels" not in vae or not isinstance(patch, int):
         return  # another kind of VAE: the pipeline's own check of its inputs speaks at the first call
@@ -327,6 +330,12 @@ def check_model(args):
                 refuse(key, resolution, f"this model takes multiples of {multiple} pixels")
             if most and side > most * multiple:
                 refuse(key, resolution, f"this model takes at most {most * multiple} pixels a side")
+
+
+class _Part(ConfigMixin):
+    """Reads the config.json of a pipeline's component, whatever its class."""
+
+    config_name = "config.json"
 
 
 def size(resolution):
@@ -368,10 +377,50 @@ def load_pipeline(model, device, dtype) -> DiffusionPipeline:
     absent = {name: None for name, spec in index.items() if isinstance(spec, (list, tuple)) and spec[0] is None}
     with _quiet():
         pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, **absent).to(device)
+    use_flow_matching(pipe)
     pipe.set_progress_bar_config(disable=True)
     for module in _modules(pipe):
         module.requires_grad_(False)
     return pipe
+
+
+def use_flow_matching(pipe):
+    """Put Euler's method in the place of another solver of the same flow (DPM, UniPC), with that solver's shift.
+
+    The rollout, the evaluation and the plain pipeline then all run one ODE.
+    """
+    config = pipe.scheduler.config
+    if reason := no_rectified_flow(type(pipe.scheduler).__name__, config):
+        raise ValueError(reason)
+    if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+        with _quiet():  # about settings of the other solver that this one has not
+            pipe.scheduler = _EvenFlowMatching.from_config(config, shift=config.get("flow_shift") or 1.0)
+
+
+def no_rectified_flow(scheduler, config):
+    """Why a model with this scheduler (name, configuration) is no rectified flow with an ODE; None if it is one."""
+    if scheduler != FlowMatchEulerDiscreteScheduler.__name__:
+        if config.get("prediction_type") != "flow_prediction" or not config.get("use_flow_sigmas"):
+            predicts = config.get("prediction_type", "another quantity")
+            return f"its scheduler, {scheduler}, is for a model of {predicts}; only rectified flows will do"
+    elif (config.get("sigma_max") or 1) > 1:
+        return f"its noise levels begin at {config['sigma_max']:g}; only rectified flows, from 1 to 0, will do"
+    elif config.get("stochastic_sampling"):
+        return "its scheduler has stochastic_sampling, so it has no ODE of its own; only rectified flows will do"
+    return None
+
+
+class _EvenFlowMatching(FlowMatchEulerDiscreteScheduler):
+    """Noise levels 1, ..., 2/n, 1/n before the shift, as those solvers have; saved under its parent's name."""
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
+        if sigmas is None and timesteps is None:
+            sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+
+
+_EvenFlowMatching.__name__ = FlowMatchEulerDiscreteScheduler.__name__
+_EvenFlowMatching.__module__ = FlowMatchEulerDiscreteScheduler.__module__
 
 
 def trainable_parameters(pipe, args, seed):
@@ -380,6 +429,8 @@ def trainable_parameters(pipe, args, seed):
     for denoiser in denoisers(pipe):
         if args.finetune_type == "full":
             denoiser.requires_grad_(True)
+        elif not hasattr(denoiser, "add_adapter"):
+            refuse("finetune_type", "lora", f"{type(denoiser).__name__} takes no adapters; full would do")
         else:
             targets = args.target_modules[0] if args.target_modules == ("all-linear",) else list(args.target_modules)
             lora = peft.LoraConfig(
@@ -449,7 +500,7 @@ class Rollout:
     answers: dict = field(default_factory=lambda: defaultdict(list))
     """{method: [returned]} of the pipeline's encode_, prepare_ and generate_ methods."""
     outputs: dict = field(default_factory=lambda: defaultdict(list))
-    """{k: [output]} shapes of what the denoiser returned in step k, as tensors without storage."""
+    """{k: [output]} of the denoiser in step k: tensors without storage, or with it if the guidance remembers them."""
 
 
 def rollout(pipe, call, dynamics_type, noise_level, sde_steps, generator=None) -> Rollout:
@@ -461,7 +512,10 @@ def rollout(pipe, call, dynamics_type, noise_level, sde_steps, generator=None) -
         if the call names none.
     """
     call = {"generator": generator, **call, "output_type": "pt", "return_dict": False}
-    recorder = _Recorder(Rollout(call=call, dynamics_type=dynamics_type, noise_level=noise_level), sde_steps, generator)
+    tape = Rollout(call=call, dynamics_type=dynamics_type, noise_level=noise_level)
+    # guidance that is an object may have momentum: step k then depends on what the denoiser said before
+    whole = any(isinstance(component, diffusers.guiders.BaseGuidance) for component in pipe.components.values())
+    recorder = _Recorder(tape, sde_steps, generator, whole)
     with torch.no_grad(), autocast(pipe), _taped(pipe, recorder):
         recorder.tape.images = pipe(**_copy(call))[0]
     return recorder.tape
@@ -478,8 +532,11 @@ def replay(pipe, rollout, k, x=None):
     """
     call = inspect.unwrap(type(pipe).__call__)  # without the decorator that turns gradients off
     player = _Player(rollout, k, rollout.steps[k].x if x is None else x)
+    again = _copy(rollout.call)
+    if "prepare_latents" not in rollout.answers:  # then the pipeline draws them in its call, unless it is given some
+        again["latents"] = player.x.to(rollout.noise, copy=True)
     with autocast(pipe), _taped(pipe, player), suppress(_Arrived):
-        call(pipe, **_copy(rollout.call))
+        call(pipe, **again)
     velocity = player.velocity
     if x is not None or k not in rollout.steps:
         return velocity, None
@@ -497,10 +554,11 @@ def _step(rollout, velocity, x, k, **how):
 class _Recorder:
     """Lets everything happen and writes it down."""
 
-    def __init__(self, tape, sde_steps, generator):
+    def __init__(self, tape, sde_steps, generator, whole):
         self.tape, self.sde_steps, self.generator = tape, set(sde_steps), generator
         self.k = 0  # the step under way
         self.inside = False  # a recorded method may call another
+        self.whole = whole  # keep the denoiser's outputs, not only their shapes
 
     def method(self, name, method, *args, **kwargs):
         if self.inside:
@@ -514,8 +572,12 @@ class _Recorder:
         return answer
 
     def denoiser(self, forward, *args, **kwargs):
+        caches = [key for key, value in kwargs.items() if key.endswith("cache") and value is not None]
+        if caches:  # filled in one step and read in the next: a replay of one step has it empty
+            raise NotImplementedError(f"cannot replay a step that needs {caches[0]}; try use_{caches[0]}=False in call")
         output = forward(*args, **kwargs)
-        self.tape.outputs[self.k].append(tree_map_only(torch.Tensor, lambda t: t.to("meta"), output))
+        kept = _copy(output) if self.whole else tree_map_only(torch.Tensor, lambda t: t.to("meta"), output)
+        self.tape.outputs[self.k].append(kept)
         return output
 
     def step(self, scheduler, output, timestep, sample):
@@ -565,11 +627,15 @@ class _Player:
         if self.k == self.target:
             return forward(*args, **kwargs)
         device = self.x.device
-        return tree_map_only(torch.Tensor, lambda t: torch.zeros_like(t, device=device), next(self.outputs))
+        return tree_map_only(
+            torch.Tensor, lambda t: torch.zeros_like(t, device=device) if t.is_meta else t.clone(), next(self.outputs)
+        )
 
     def step(self, scheduler, output, timestep, sample):
         if self.k == self.target:
-            if not torch.equal(sample, self.x.to(sample)):
+            off = (sample - self.x.to(sample)).abs().max()
+            recorded = self.target in self.tape.steps and self.x is self.tape.steps[self.target].x
+            if off > (0 if recorded else 2**-8 * self.x.abs().max()):  # others may be rounded to the model's dtype
                 raise NotImplementedError("this pipeline changes its latents between two steps; cannot replay there")
             self.velocity = -output if scheduler.config.invert_sigmas else output
             raise _Arrived
@@ -581,33 +647,35 @@ class _Arrived(BaseException):
     """Ends a replayed call; no pipeline catches it."""
 
 
-class _TapeScheduler(FlowMatchEulerDiscreteScheduler):
-    """The pipeline's scheduler, with `step()` handed to a recorder or a player."""
-
-    listener = None
+@functools.cache
+def _stepping(cls):
+    """A subclass of a scheduler's class whose `step()` is handed to a listener."""
 
     def step(self, model_output, timestep, sample, *args, return_dict=True, **kwargs):
         x_next = self.listener.step(self, model_output, timestep, sample)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x_next) if return_dict else (x_next,)
 
+    def scale_model_input(self, sample, timestep=None):  # called where the class is not diffusers' very own
+        return sample
+
+    members = {"step": step, "scale_model_input": scale_model_input, "__module__": cls.__module__}
+    return type(cls.__name__, (cls,), members)
+
 
 @contextmanager
 def _taped(pipe, listener):
     """Route the pipeline's methods, denoisers and scheduler through a listener; put everything back at the end."""
-    scheduler = _TapeScheduler.from_config(pipe.scheduler.config)
-    scheduler.listener = listener
     with ExitStack() as stack:
         for name in dir(type(pipe)):
             if name.startswith(("encode_", "prepare_", "generate_")) and callable(getattr(pipe, name)):
                 setattr(pipe, name, functools.partial(listener.method, name, getattr(pipe, name)))
                 stack.callback(delattr, pipe, name)
-        for denoiser in denoisers(pipe):
-            stack.callback(setattr, denoiser, "__class__", type(denoiser))
-            denoiser.__class__ = _listening(type(denoiser))
-            denoiser.listener = listener
-            stack.callback(delattr, denoiser, "listener")
-        stack.callback(setattr, pipe, "scheduler", pipe.scheduler)
-        pipe.scheduler = scheduler
+        kinds = [(denoiser, _listening) for denoiser in denoisers(pipe)] + [(pipe.scheduler, _stepping)]
+        for component, kind in kinds:
+            stack.callback(setattr, component, "__class__", type(component))
+            component.__class__ = kind(type(component))
+            component.listener = listener
+            stack.callback(delattr, component, "listener")
         yield
 
 
@@ -915,14 +983,14 @@ class Run:
         pipe.save_lora_weights(self.folder / "lora", **adapters, **metadata)
 
 
-def print_plan(run, args, parameters, trained_steps):
-    """What will happen, before it does."""
+def print_plan(run, args, parameters, trained_steps, networks):
+    """What will happen, before it does. networks: evaluations per image and trained step, of policy and references."""
     train = args.train
     images = train.unique_sample_num_per_epoch * train.group_size
     calls = images // train.per_device_batch_size
     updates = train.gradient_step_per_epoch * train.num_inner_epochs
     forwards = images * train.num_inference_steps
-    replays = images * trained_steps * train.num_inner_epochs * (2 if train.kl_beta else 1)
+    replays = images * trained_steps * train.num_inner_epochs * networks
     run.print(
         f"training {sum(p.numel() for p in parameters):,} parameters ({args.finetune_type}) of {args.model}\n"
         f"an epoch: {train.unique_sample_num_per_epoch} prompts x {train.group_size} = {images} images "
@@ -933,7 +1001,9 @@ def print_plan(run, args, parameters, trained_steps):
 
 
 def _console_line(row):
-    values = "  ".join(f"{key.removeprefix('train/')} {value:.4g}" for key, value in row.items() if "/" in key)
+    values = "  ".join(
+        f"{key.removeprefix('train/')} {value:.4g}" for key, value in row.items() if "/" in key and "@" not in key
+    )
     return f"epoch {row['epoch']:4d}  images {row['images']:7d}  {row['seconds']:6.0f} s  {values}"
 
 

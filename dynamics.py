@@ -83,8 +83,7 @@ def step(
         mean = (1 - sigma_next) * (x - sigma * v) + kept * (x + (1 - sigma) * v)
     else:
         if dynamics_type == "Flow-SDE":  # arXiv 2505.05470, eq. 9: g = a √(σ / (1 − σ))
-            first = (sigma >= 1) | (sigma > sigma_second)
-            g = noise_level * torch.sqrt(sigma / (1 - torch.where(first, sigma_second, sigma)))
+            g = noise_level * torch.sqrt(sigma / (1 - torch.minimum(sigma, sigma_second)))
         elif dynamics_type == "Dance-SDE":  # arXiv 2505.07818: g = η
             g = noise_level * torch.ones_like(sigma)
         else:

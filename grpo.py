@@ -131,20 +131,21 @@ def check(args):
     if train.dynamics_type == "ODE":
         remedy = "the ODE has no density to train on; take Flow-SDE, Dance-SDE or CPS, or train with nft.py"
         refuse("train.dynamics_type", "ODE", remedy)
-    if not 0 < train.noise_level <= (1 if train.dynamics_type == "CPS" else float("inf")):
-        refuse("train.noise_level", train.noise_level, "must be above 0 (and at most 1 for CPS); 0.7 is usual")
+    if train.noise_level <= 0:
+        refuse("train.noise_level", train.noise_level, "must be above 0; 0.7 is usual")
     if train.group_size < 2:
         refuse("train.group_size", train.group_size, "an image alone in its group has advantage 0; take at least 2")
     steps, last = candidate_steps(train), train.num_inference_steps - 1
     if not steps or sorted(set(steps)) != sorted(steps) or not all(0 <= k <= last for k in steps):
         refuse("train.train_steps", train.train_steps, f"needs different step indices from 0 to {last}")
+    if train.dynamics_type == "CPS" and train.noise_level > 1:
+        refuse("train.noise_level", train.noise_level, "CPS takes at most 1, which replaces all noise by fresh noise")
     if train.dynamics_type == "CPS" and last in steps:
         refuse("train.train_steps", train.train_steps, f"CPS has no noise in its last step; leave out {last}")
     if train.num_train_steps is not None and not 1 <= train.num_train_steps <= len(steps):
         refuse("train.num_train_steps", train.num_train_steps, f"there are {len(steps)} candidate steps to draw from")
     try:
-        for name in args.reward or [None]:
-            rewards.find_reward(name or "none given")
+        rewards.check_rewards(args.reward)
     except ValueError as error:
         refuse("reward", args.reward, error)
     common.check_args(args)
@@ -238,7 +239,7 @@ def main():
     )
     prompts = common.read_prompts(args.prompts)
     calls_per_epoch = train.unique_sample_num_per_epoch * train.group_size // train.per_device_batch_size
-    common.print_plan(run, args, parameters, trained_steps=len(drawn_steps(train, 0)))
+    common.print_plan(run, args, parameters, trained_steps=len(drawn_steps(train, 0)), networks=1 + bool(reference))
 
     def evaluate(epoch):
         with ema.loaded() if ema else nullcontext():
@@ -291,10 +292,8 @@ def main():
                     with torch.no_grad(), reference.loaded():
                         ref_velocity, ref_step = replay(pipe, rollouts[i], k)
                 velocity, step = replay(pipe, rollouts[i], k)
-                old_log_prob = rollouts[i].steps[k].log_prob
-                policy_loss, terms = grpo_loss(
-                    step.log_prob, old_log_prob, advantages[i], train.clip_range, train.adv_clip_range
-                )
+                taken, clips = rollouts[i].steps[k], (train.clip_range, train.adv_clip_range)
+                policy_loss, terms = grpo_loss(step.log_prob, taken.log_prob, advantages[i], *clips)
                 loss = weights[k] * policy_loss
                 metrics.add(terms)
                 if reference:

@@ -77,6 +77,14 @@ def find_reward(name):
     return lambda device: getattr(module, function)
 
 
+def check_rewards(weights):
+    """Raise ValueError, saying what would do, unless {"name": weight} names rewards that exist. Loads no model."""
+    if not weights:
+        raise ValueError(f"name at least one; known: {', '.join(REWARDS)}, or your own as file.py:function")
+    for name in weights:
+        find_reward(name)
+
+
 def make_reward(weights, device):
     """The weighted sum of rewards.
 
@@ -84,8 +92,7 @@ def make_reward(weights, device):
     on the images' device. Raises ValueError for an unknown name; fn raises ValueError, naming the reward, where one
     returns anything but B finite numbers.
     """
-    if not weights:
-        raise ValueError(f"name at least one reward; known: {', '.join(REWARDS)}, or your own as file.py:function")
+    check_rewards(weights)
     functions = {name: find_reward(name)(device) for name in weights}
 
     @torch.no_grad()

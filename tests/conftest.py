@@ -1,0 +1,55 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub client is imported
+
+import pytest
+import torch
+
+import common
+import grpo
+
+torch.set_num_threads(1)  # the same result on every machine, and the fastest where the cores are shared
+
+
+@pytest.fixture
+def make_pipe():
+    """The embedded pipeline with an adapter that does something, in a dtype."""
+
+    def make(dtype=torch.float32, finetune_type="lora", **train):
+        pipe = common.load_pipeline(common.RunArgs.model, "cpu", dtype)
+        args = grpo.Args(finetune_type=finetune_type, lora_rank=4, train=grpo.TrainArgs(**train))
+        parameters = common.trainable_parameters(pipe, args, seed=0)
+        torch.manual_seed(1)
+        for parameter in parameters.values():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+        return pipe, parameters
+
+    return make
+
+
+@pytest.fixture
+def call():
+    """Keyword arguments for four images of the embedded pipeline, with fresh generators each time."""
+
+    def make(count=4, steps=5, guidance_scale=1.0, resolution=32, same_noise=False):
+        height, width = common.size(resolution)
+        return dict(
+            prompt=["a red circle", "two blue squares", "a red circle left of a blue square", "a white cross"][:count],
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            max_sequence_length=1,
+            generator=common.generators(*((0, 0 if same_noise else i) for i in range(count))),
+        )
+
+    return make
+
+
+@pytest.fixture
+def prompt_files(tmp_path):
+    """The command line that names two short prompt files."""
+    train, held_out = tmp_path / "train.txt", tmp_path / "eval.txt"
+    train.write_text("a red circle\na blue square\nthree green triangles\n")
+    held_out.write_text("a white cross\ntwo red circles\n")
+    return ["--prompts", str(train), "--eval.prompts", str(held_out)]

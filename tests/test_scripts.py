@@ -1,0 +1,371 @@
+"""The scripts as a user meets them: short runs, the run folder, and every refusal."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+
+import common
+import grpo
+import rewards
+
+ROOT = Path(common.__file__).parent
+SMALL = [
+    *("--train.max-epochs", "2", "--train.unique-sample-num-per-epoch", "2", "--train.group-size", "4"),
+    *("--train.per-device-batch-size", "4", "--train.num-inference-steps", "4", "--train.gradient-step-per-epoch", "2"),
+    *("--eval.num-inference-steps", "4", "--eval.images-per-prompt", "1", "--eval.eval-freq", "2"),
+    *("--lora-rank", "4", "--train.learning-rate", "1e-3", "--reward", "jpeg_compressibility=1"),
+]
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, prompt_files):
+    """Run a script in this process with more arguments; returns its run folder."""
+
+    def call(*argv, script=grpo, name="run"):
+        argv = [*SMALL, *prompt_files, "--output-dir", str(tmp_path), "--run-name", name, *map(str, argv)]
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
+        script.main()
+        return tmp_path / name
+
+    return call
+
+
+# A whole run
+
+
+def test_a_run_from_the_shell(tmp_path, prompt_files):
+    argv = [*SMALL, *prompt_files, "--output-dir", str(tmp_path), "--run-name", "run", "--train.kl-beta", "0.04"]
+    argv += ["--reward", "shapes=1", "jpeg_compressibility=0.1"]
+    done = subprocess.run([sys.executable, ROOT / "grpo.py", *argv], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "max |log ratio| before the first update: 0\n" in done.stdout
+    assert "KL gradient" in done.stdout and "BROKEN" not in done.stdout
+    folder = tmp_path / "run"
+    assert (folder / "log.txt").read_text() == done.stdout
+    rows = read_csv(folder / "metrics.csv")
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"] and [row["images"] for row in rows] == ["0", "8", "16"]
+    assert list(rows[0])[:3] == ["epoch", "images", "seconds"] and "eval/total" in rows[0] and "eval/shapes" in rows[0]
+    assert rows[0]["eval/total"] != "" and rows[1]["eval/total"] == "" and rows[2]["eval/total"] != ""
+    assert rows[0]["train/policy_loss"] == "" and float(rows[1]["train/kl"]) >= 0
+    args = yaml.safe_load((folder / "args.yaml").read_text())
+    assert args["train"]["kl_beta"] == 0.04 and args["train"]["trainer_type"] == "grpo"
+    assert (folder / "grpo.py").read_text() == (ROOT / "grpo.py").read_text()
+    assert "torch" in yaml.safe_load((folder / "environment.yaml").read_text())
+    assert (folder / "images" / "epoch_0000.png").stat().st_size > 1000
+    assert [row["prompt"] for row in read_csv(folder / "images" / "epoch_0002.csv")] == [
+        "a white cross",
+        "two red circles",
+    ]
+
+
+def test_the_same_command_twice(run):
+    first, second = (read_csv(run(name=name) / "metrics.csv") for name in ("a", "b"))
+    for row in first + second:
+        row.pop("seconds")
+    assert first == second
+    other = read_csv(run("--train.seed", 1, name="c") / "metrics.csv")
+    assert other[1]["train/contrast"] != first[1]["train/contrast"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--train.dynamics-type Dance-SDE --train.noise-level 0.3 --train.same-init-noise",
+        "--train.dynamics-type CPS --train.noise-level 0.8 --train.kl-beta 0.1 --train.kl-type x-based",
+        "--finetune-type full --train.kl-beta 0.04 --train.ref-param-device cpu --train.ema-decay 0.9",
+        "--train.train-steps 1 2 3 --train.num-train-steps 1 --train.loss-weighting noise-aware",
+        "--train.resolution 32 --eval.resolution 64 --train.guidance-scale 2 --train.num-inner-epochs 2",
+        "--train.resolution 32 48 --train.global-std",
+        "--dtype bfloat16 --train.enable-gradient-checkpointing",
+    ],
+)
+def test_options(run, options):
+    rows = read_csv(run(*options.split()) / "metrics.csv")
+    assert len(rows) == 3 and rows[-1]["eval/total"] != ""
+    assert float(rows[1]["train/log_ratio"]) != 0  # the second update of an epoch is off-policy
+
+
+def test_the_rows_follow_the_rewards(run):
+    rows = read_csv(run("--reward", "shapes=2", "jpeg_incompressibility=0.5") / "metrics.csv")
+    last = {key: float(value) for key, value in rows[-1].items() if value}
+    total = 2 * last["eval/shapes"] + 0.5 * last["eval/jpeg_incompressibility"]
+    assert last["eval/total"] == pytest.approx(total, rel=1e-5)
+
+
+def test_one_update_per_epoch_is_on_policy(run):
+    rows = read_csv(run("--train.gradient-step-per-epoch", 1) / "metrics.csv")
+    for row in rows[1:]:
+        assert float(row["train/log_ratio"]) == 0 == float(row["train/log_ratio_std"])
+
+
+def test_a_users_reward(run, tmp_path):
+    (tmp_path / "mine.py").write_text("def brightness(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
+    rows = read_csv(run("--reward", f"{tmp_path}/mine.py:brightness=1") / "metrics.csv")
+    assert 0 < float(rows[0]["eval/total"]) < 1
+
+
+def test_lora_loads_in_plain_diffusers(run, call):
+    folder = run("--lora-alpha", 12)  # not the rank
+    pipe = StableDiffusion3Pipeline.from_pretrained(common.RunArgs.model, text_encoder_3=None, tokenizer_3=None)
+    base = pipe(**call(), output_type="pt").images
+    pipe.load_lora_weights(folder / "lora")
+    assert pipe.transformer.peft_config["default_0"].lora_alpha == 12
+    assert not torch.equal(pipe(**call(), output_type="pt").images, base)
+
+
+def test_full_weights_load_in_plain_diffusers(run):
+    folder = run("--finetune-type", "full")
+    pipe = common.load_pipeline(common.RunArgs.model, "cpu", torch.float32)
+    trained = type(pipe.transformer).from_pretrained(folder / "transformer")
+    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), pipe.transformer.parameters(), strict=True))
+
+
+def test_evaluation_images_are_those_of_plain_diffusers(run, tmp_path):
+    folder = run("--finetune-type", "full")
+    config = yaml.safe_load((folder / "args.yaml").read_text())["eval"]
+    pipe = common.load_pipeline(common.RunArgs.model, "cpu", torch.float32)
+    pipe.transformer = type(pipe.transformer).from_pretrained(folder / "transformer")
+    seed = config["seed"]
+    images = pipe(
+        prompt=["a white cross", "two red circles"], height=32, width=32, num_inference_steps=4, guidance_scale=1.0,
+        max_sequence_length=1, generator=common.generators((seed, 0), (seed, 1)), output_type="pt",
+    ).images  # fmt: skip
+    scored = rewards.make_reward({"jpeg_compressibility": 1.0}, "cpu")(images, ["a white cross", "two red circles"])[
+        "total"
+    ]
+    kept = [float(row["total"]) for row in read_csv(folder / "images" / "epoch_0002.csv")]
+    assert scored.tolist() == kept
+
+
+# Refusals: the key, the value and what would do; status 2; nothing loaded, nothing written
+
+
+REFUSALS = [
+    ("--train.dynamics-type ODE", "train.dynamics_type = 'ODE'", "nft.py"),
+    ("--train.group-size 1", "train.group_size = 1", "at least 2"),
+    ("--train.train-steps 1 9", "train.train_steps = [1, 9]", "from 0 to 3"),
+    ("--train.train-steps -1", "train.train_steps = [-1]", "from 0 to 3"),
+    ("--train.train-steps 1 1", "train.train_steps = [1, 1]", "different"),
+    ("--train.dynamics-type CPS --train.train-steps 3", "train.train_steps = [3]", "CPS has no noise"),
+    ("--train.train-steps 1 2 --train.num-train-steps 3", "train.num_train_steps = 3", "2 candidate"),
+    ("--train.num-train-steps 0", "train.num_train_steps = 0", "candidate"),
+    ("--train.noise-level 0", "train.noise_level = 0.0", "above 0"),
+    ("--train.per-device-batch-size 3", "train.per_device_batch_size = 3", "2 would"),
+    ("--train.gradient-step-per-epoch 3", "train.gradient_step_per_epoch = 3", "one of [1, 2]"),
+    ("--train.resolution 33", "train.resolution = 33", "multiples of 8"),
+    ("--eval.resolution 32 4096", "eval.resolution = (32, 4096)", "at most"),
+    ("--train.learning-rate -1", "train.learning_rate = -1.0", "negative"),
+    ("--eval.eval-freq 0", "eval.eval_freq = 0", "at least 1"),
+    ("--reward shape=1", "reward", "did you mean shapes?"),
+    ("--reward nowhere.py:f=1", "reward", "there is no file nowhere.py"),
+    ("--reward", "reward", "name at least one"),
+    ("--prompts nowhere.txt", "prompts = 'nowhere.txt'", "no such file"),
+    ("--eval.prompts nowhere.txt", "eval.prompts = 'nowhere.txt'", "no such file"),
+    ("--model nowhere", "model = 'nowhere'", "no diffusers folder"),
+    ("--config nowhere.yaml", "--config = 'nowhere.yaml'", "no such file"),
+    ("--device quantum", "device = 'quantum'", "quantum"),
+    ("--train.dynamics-type Flow-ODE", "--train.dynamics-type", "Flow-SDE"),
+    ("--train.trainer-type nft", "--train.trainer-type", "grpo"),
+    ("--train.kl-betta 1", "--train.kl-betta", "--train.kl-beta"),
+    ("--train.clip-range much", "--train.clip-range", "much"),
+]
+
+
+@pytest.fixture
+def refused(run, monkeypatch, capsys):
+    """The message of a command that must be refused before anything is loaded or written."""
+
+    def call(*argv, script=grpo):
+        for name in ("load_pipeline", "Run"):
+            monkeypatch.setattr(common, name, lambda *_: pytest.fail("went on"))
+        with pytest.raises(SystemExit) as exit:
+            run(*argv, script=script)
+        assert exit.value.code == 2
+        return capsys.readouterr().err
+
+    return call
+
+
+@pytest.mark.parametrize("options, what, remedy", REFUSALS)
+def test_refusals(refused, options, what, remedy):
+    message = refused(*options.split())
+    assert what in message and remedy in message
+
+
+def test_refusal_from_the_shell(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "grpo.py", "--train.group-size", "1"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2 and "train.group_size = 1" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text, what, remedy",
+    [
+        ("train: {kl_betta: 0.1}", "train.kl_betta", "did you mean train.kl_beta?"),
+        ("modell: x", "modell", "did you mean model?"),
+        ("train: {trainer_type: nft}", "trainer_type = 'nft'", "another script"),
+        ("train: 3", "train = 3", "mapping"),
+        ("train: {group_size: many}", "--train.group-size", "many"),
+        ("- 1", "--config", "no mapping"),
+        ("a: [", "--config", "not a YAML file"),
+    ],
+)
+def test_refusals_of_a_yaml(refused, tmp_path, text, what, remedy):
+    (tmp_path / "bad.yaml").write_text(text)
+    message = refused("--config", tmp_path / "bad.yaml")
+    assert what in message and remedy in message
+
+
+def test_an_empty_prompt_file_is_refused(refused, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    assert "holds no prompt" in refused("--prompts", tmp_path / "empty.txt")
+
+
+def test_an_existing_run_is_refused(refused, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.csv").touch()
+    assert "already holds a run" in refused()
+
+
+def test_a_missing_package_is_refused(refused, monkeypatch):
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    assert "pip install wandb" in refused("--track")
+    assert "pip install tensorboard" in refused("--tensorboard")
+
+
+def test_a_model_without_a_flow_is_refused(refused, tmp_path):
+    (tmp_path / "other").mkdir()
+    index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"]}
+    (tmp_path / "other" / "model_index.json").write_text(json.dumps(index))
+    assert "DDIMScheduler" in refused("--model", tmp_path / "other")
+
+
+# Settings come in four layers
+
+
+def test_precedence(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "defaults.yaml").write_text(
+        "prompts: p.txt\ncall: {a: 1}\ntrain: {group_size: 4, learning_rate: 5e-5, train_steps: [1, 2]}\n"
+        "trainers: {grpo: {train: {noise_level: 0.5}}, nft: {train: {noise_level: 0.1}}}\n"
+    )
+    (tmp_path / "c.yaml").write_text(
+        "train: {group_size: 6, global_std: true, resolution: [32, 48], train_steps: null}"
+    )
+    argv = [
+        "--model",
+        str(model),
+        "--config",
+        str(tmp_path / "c.yaml"),
+        "--train.kl-beta",
+        "0",
+        "--call",
+        "b=two words",
+    ]
+    args, sources = common.parse_args(grpo.Args, "", argv)
+    train = args.train
+    assert (train.group_size, train.learning_rate, train.noise_level, train.kl_beta) == (6, 5e-5, 0.5, 0)
+    assert train.global_std is True and train.resolution == (32, 48) and train.train_steps is None
+    assert args.call == {"a": 1, "b": "two words"} and Path(args.prompts).resolve() == (model / "p.txt").resolve()
+    assert sources["train.group_size"] == (6, str(tmp_path / "c.yaml")) and "train.seed" not in sources
+    assert sources["train.noise_level"][1].endswith("defaults.yaml")
+
+
+def test_a_runs_own_arguments_repeat_it(run):
+    folder = run("--train.kl-beta", 0.04)
+    again, _ = common.parse_args(grpo.Args, "", ["--config", str(folder / "args.yaml")])
+    again.config = None
+    assert yaml.safe_load((folder / "args.yaml").read_text()) == common._plain(common.dataclasses.asdict(again))
+
+
+# The contract
+
+
+@pytest.mark.parametrize("breach", ["ratio", "kl", "noise", "ode"])
+def test_a_breach_stops_the_run(run, monkeypatch, breach):
+    if breach == "ratio":
+        replay = common.replay
+        monkeypatch.setattr(
+            grpo, "replay", lambda *a: (lambda v, s: (v, s._replace(log_prob=s.log_prob + 1e-7)))(*replay(*a))
+        )
+    elif breach == "kl":
+        monkeypatch.setattr(grpo, "kl_loss", lambda kind, v, *_: (v.mean() * 0, {}))
+    elif breach == "noise":
+        monkeypatch.setattr(grpo, "generators", lambda *seeds: common.generators(*[(0,)] * len(seeds)))
+    else:
+        monkeypatch.setattr(common, "ode_difference", lambda *_: 1e-6)
+    with pytest.raises(SystemExit, match="contract is broken"):
+        run("--train.kl-beta", 0.04)
+
+
+# Rewards
+
+
+@pytest.mark.parametrize(
+    "body, complaint",
+    [
+        ("images.mean()", "returned shape"),
+        ("images.mean(dim=(1, 2, 3))[:, None]", "returned shape"),
+        ("images.mean(dim=(1, 2, 3)) / 0", "returned inf for image 0"),
+    ],
+)
+def test_a_wrong_reward_is_named(tmp_path, body, complaint):
+    (tmp_path / "mine.py").write_text(f"def bad(images, prompts):\n    return {body}\n")
+    reward = rewards.make_reward({f"{tmp_path}/mine.py:bad": 1.0}, "cpu")
+    with pytest.raises(ValueError, match=complaint) as error:
+        reward(torch.rand(3, 3, 8, 8), ["a"] * 3)
+    assert "mine.py:bad" in str(error.value)
+
+
+def test_jpeg_rewards():
+    flat, noisy = torch.full((1, 3, 32, 32), 0.5), torch.rand(1, 3, 32, 32)
+    reward = rewards.make_reward({"jpeg_compressibility": 1.0, "jpeg_incompressibility": 3.0}, "cpu")
+    value = reward(torch.cat([flat, noisy]), ["", ""])
+    assert value["jpeg_compressibility"][0] > value["jpeg_compressibility"][1]
+    assert torch.equal(value["jpeg_compressibility"], -value["jpeg_incompressibility"])
+    assert torch.allclose(value["total"], value["jpeg_compressibility"] + 3 * value["jpeg_incompressibility"])
+
+
+# Prompts and parameter sets
+
+
+def test_prompts_come_from_seed_and_epoch():
+    prompts = [f"p{i}" for i in range(10)]
+    epochs = [common.epoch_prompts(prompts, 4, seed=0, epoch=e) for e in range(1, 6)]
+    assert sorted(p for epoch in epochs for p in epoch) == sorted(prompts * 2)  # each once in every pass
+    assert epochs[3] == common.epoch_prompts(prompts, 4, seed=0, epoch=4)
+    assert epochs != [common.epoch_prompts(prompts, 4, seed=1, epoch=e) for e in range(1, 6)]
+    assert len(common.epoch_prompts(prompts, 25, seed=0, epoch=1)) == 25
+
+
+def test_snapshots_swap_and_return():
+    p = torch.nn.Parameter(torch.ones(3))
+    snapshot = common.Snapshot([p])
+    with torch.no_grad():
+        p += 1
+    with pytest.raises(RuntimeError), snapshot.loaded():
+        assert p.tolist() == [1, 1, 1]
+        raise RuntimeError
+    assert p.tolist() == [2, 2, 2]
+    snapshot.update(0.75)
+    assert snapshot.values[0].tolist() == [1.25] * 3 and snapshot.values[0].data_ptr() != p.data_ptr()
+
+
+def test_components_absent_from_the_index_are_passed_as_none():
+    assert DiffusionPipeline.load_config(common.RunArgs.model)["text_encoder_3"] == [None, None]
+    assert common.load_pipeline(common.RunArgs.model, "cpu", torch.float32).text_encoder_3 is None

@@ -1,0 +1,164 @@
+"""The tape: what is replayed is what was sampled, what is sampled by the ODE is what diffusers samples."""
+
+import pytest
+import torch
+
+import common
+from common import generators, replay, rollout
+
+SAMPLERS = [("Flow-SDE", 0.7), ("Dance-SDE", 0.3), ("CPS", 0.8)]
+
+
+def sde_noise(count=4):
+    return generators(*((1, i) for i in range(count)))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dynamics_type, noise_level", SAMPLERS)
+def test_replay_is_bitwise_exact(make_pipe, call, dtype, guidance_scale, dynamics_type, noise_level):  # G1
+    pipe, parameters = make_pipe(dtype)
+    tape = rollout(pipe, call(guidance_scale=guidance_scale), dynamics_type, noise_level, range(4), sde_noise())
+    assert sorted(tape.steps) == [0, 1, 2, 3]
+    for k, taken in tape.steps.items():
+        velocity, step = replay(pipe, tape, k)
+        assert torch.equal(velocity, taken.velocity)
+        assert torch.equal(step.log_prob, taken.log_prob) and step.log_prob.shape == (4,)
+        assert torch.equal(step.mean, taken.mean) and torch.equal(step.x_next, taken.x_next)
+        step.log_prob.sum().backward()
+    assert all(p.dtype == torch.float32 for p in parameters.values())
+    assert sum(p.grad.norm() for p in parameters.values() if p.grad is not None) > 0
+
+
+def test_gradient_checkpointing_keeps_the_replay_exact(make_pipe, call):
+    pipe, parameters = make_pipe(enable_gradient_checkpointing=True)
+    tape = rollout(pipe, call(), "Flow-SDE", 0.7, [2], sde_noise())
+    step = replay(pipe, tape, 2)[1]
+    assert torch.equal(step.log_prob, tape.steps[2].log_prob)
+    step.log_prob.sum().backward()
+    assert any(p.grad is not None and p.grad.norm() > 0 for p in parameters.values())
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ode_rollout_is_the_plain_pipeline(make_pipe, call, dtype, guidance_scale):
+    pipe, _ = make_pipe(dtype)
+    tape = rollout(pipe, call(guidance_scale=guidance_scale), "ODE", 0.0, ())
+    with common.autocast(pipe):
+        plain = pipe(**call(guidance_scale=guidance_scale), output_type="pt").images
+    assert torch.equal(tape.images, plain)
+    assert tape.images.shape == (4, 3, 32, 32) and tape.images.min() >= 0 and tape.images.max() <= 1
+    assert tape.sigmas.shape == (6,) and tape.sigmas[0] == 1 and tape.sigmas[-1] == 0 and not tape.steps
+
+
+def test_noise_level_0_is_the_ode(make_pipe, call):
+    pipe, _ = make_pipe()
+    ode = rollout(pipe, call(), "ODE", 0.0, ())
+    for dynamics_type, _ in SAMPLERS:
+        silent = rollout(pipe, call(), dynamics_type, 0.0, range(4), sde_noise())
+        assert (silent.images - ode.images).abs().max() < 1e-4
+        assert all(taken.log_prob is None for taken in silent.steps.values())
+
+
+def test_shared_start_is_shared_up_to_the_window(make_pipe, call):  # M1
+    pipe, _ = make_pipe()
+    request = call(same_noise=True) | {"prompt": ["a red circle"] * 4}
+    tape = rollout(pipe, request, "Flow-SDE", 0.7, [2], sde_noise())
+    x, x_next = tape.steps[2].x, tape.steps[2].x_next
+    assert torch.equal(x, x[:1].expand_as(x))
+    assert all(not torch.equal(x_next[0], x_next[i]) for i in range(1, 4))
+
+
+def test_steps_outside_the_window_are_deterministic(make_pipe, call):  # M2
+    pipe, _ = make_pipe()
+    first, second = (rollout(pipe, call(), "Flow-SDE", 0.7, [1, 3], generators((s,)) * 4) for s in (5, 6))
+    assert sorted(first.steps) == [1, 3]
+    assert torch.equal(first.steps[1].x, second.steps[1].x)  # the ODE before the window does not see the noise
+    assert not torch.equal(first.steps[1].x_next, second.steps[1].x_next)
+    again = rollout(pipe, call(), "Flow-SDE", 0.7, [1, 3], generators((5,)) * 4)
+    assert torch.equal(first.x0, again.x0)
+
+
+def test_gradient_does_not_depend_on_other_transitions(make_pipe, call):  # M3
+    pipe, parameters = make_pipe()
+    tape = rollout(pipe, call(), "Flow-SDE", 0.7, [1, 2], sde_noise())
+
+    def gradient():
+        for p in parameters.values():
+            p.grad = None
+        replay(pipe, tape, 2)[1].log_prob.sum().backward()
+        return [p.grad.clone() for p in parameters.values() if p.grad is not None]
+
+    before = gradient()
+    tape.noise += 1
+    tape.steps[1].x_next += 1
+    tape.steps[1].velocity += 1
+    assert all(torch.equal(a, b) for a, b in zip(before, gradient(), strict=True))
+    tape.steps[2].x += 1
+    assert not all(torch.equal(a, b) for a, b in zip(before, gradient(), strict=True))
+
+
+def test_replay_at_other_latents(make_pipe, call):
+    pipe, _ = make_pipe()
+    tape = rollout(pipe, call(), "Flow-SDE", 0.7, range(4), sde_noise())
+    other = torch.randn_like(tape.x0)
+    for k in range(5):
+        there, step = replay(pipe, tape, k, x=other)
+        assert step is None and there.shape == other.shape
+        if k in tape.steps:
+            here = replay(pipe, tape, k, x=tape.steps[k].x)[0]
+            assert torch.equal(here, tape.steps[k].velocity) and not torch.equal(here, there)
+
+
+def test_pipeline_is_left_as_it_was(make_pipe, call):
+    pipe, _ = make_pipe()
+    pipe(**call())  # which leaves attributes of its own
+    before = (pipe.scheduler, type(pipe.transformer), dict(pipe.config), set(vars(pipe)), set(vars(pipe.transformer)))
+    tape = rollout(pipe, call(), "Flow-SDE", 0.7, [0], sde_noise())
+    replay(pipe, tape, 0)
+    with pytest.raises(RuntimeError, match="boom"):
+        broken = call()
+        pipe.transformer.proj_out.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
+        rollout(pipe, broken, "Flow-SDE", 0.7, [0], sde_noise())
+    after = (pipe.scheduler, type(pipe.transformer), dict(pipe.config), set(vars(pipe)), set(vars(pipe.transformer)))
+    assert before[0] is after[0] and before[1:] == after[1:]
+
+
+def test_schedule_follows_the_resolution(make_pipe, call):  # P3
+    pipe, _ = make_pipe()
+    shifts = dict(base_image_seq_len=256, max_image_seq_len=4096, base_shift=0.5, max_shift=1.15)
+    config = {**pipe.scheduler.config, "use_dynamic_shifting": True, **shifts}
+    pipe.scheduler = type(pipe.scheduler).from_config(config)
+    patch = pipe.transformer.config.patch_size
+    for resolution in (32, 64):
+        tape = rollout(pipe, call(resolution=resolution), "Flow-SDE", 0.7, [1], sde_noise())
+        tokens = (tape.x0.shape[-1] // patch) ** 2
+        shift = torch.tensor(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)).exp()
+        even = torch.linspace(1, 1 / 1000, 5)
+        assert torch.allclose(tape.sigmas[:-1], shift / (shift + 1 / even - 1), atol=1e-6)
+        assert torch.equal(replay(pipe, tape, 1)[1].log_prob, tape.steps[1].log_prob)
+
+
+def test_shared_noise_is_found(make_pipe, call):
+    pipe, _ = make_pipe()
+    request = call() | {"prompt": ["a red circle"] * 4}
+    sound = rollout(pipe, request, "Flow-SDE", 0.7, [0, 2], sde_noise())
+    assert common.shared_noise([sound], 4, same_init_noise=False) == 0
+    start = rollout(pipe, call(same_noise=True), "Flow-SDE", 0.7, [0, 2], sde_noise())
+    assert common.shared_noise([start], 4, same_init_noise=False) == 4
+    assert common.shared_noise([start], 4, same_init_noise=True) == 0
+    later = rollout(pipe, call(), "Flow-SDE", 0.7, [0, 2], generators((1, 0), (1, 1), (1, 0), (1, 3)))
+    assert common.shared_noise([later], 4, same_init_noise=False) > 0
+
+
+def test_ode_difference_sees_a_changed_sampler(make_pipe, call, monkeypatch):
+    pipe, _ = make_pipe()
+    request = call() | {"output_type": "pt", "return_dict": False}
+    assert common.ode_difference(pipe, request) == 0
+    euler = common.FlowMatchEulerDiscreteScheduler.step
+    monkeypatch.setattr(
+        common.FlowMatchEulerDiscreteScheduler,
+        "step",
+        lambda self, v, t, x, **how: euler(self, v * (1.01 if type(self) is common._TapeScheduler else 1), t, x, **how),
+    )
+    assert common.ode_difference(pipe, request) > 0

@@ -1,0 +1,689 @@
+"""Tiny pipelines of random weights, one function per family, for the tests of the tape; nothing is downloaded.
+
+Each function returns (pipe, call): the pipeline with the kind of scheduler that its published models bring, and the
+keyword arguments of a call with two prompts of different lengths, guidance on where the family has it, and 4 steps.
+"""
+
+import diffusers
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+PROMPTS = ["a red circle", "a blue square left of a white cross"]
+NEGATIVE = ["blurry", "bad quality"]
+FLOW_SIGMAS = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+
+def tokenizer(max_length=512):
+    """Every byte is a token; a chat is the contents of its messages."""
+    special = ["<pad>", "<bos>", "<eos>", "<unk>"]
+    vocabulary = {token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bytewise,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        model_max_length=max_length,
+    )
+    fast.add_tokens(["<|im_start|>", "<|im_end|>", "<|image_pad|>"], special_tokens=True)
+    fast.chat_template = (
+        "{% for m in messages %}{% if m.content is string %}{{ m.role + ': ' + m.content }}"
+        "{% else %}{% for c in m.content %}{{ m.role + ': ' + c.text }}{% endfor %}{% endif %}{% endfor %}"
+    )
+    return fast
+
+
+VOCABULARY = len(tokenizer())
+DECODER = dict(
+    vocab_size=VOCABULARY, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, bos_token_id=1,
+    eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+
+
+def clip(width=32):
+    config = transformers.CLIPTextConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=32, projection_dim=width, num_hidden_layers=2,
+        num_attention_heads=4, hidden_act="gelu", pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.CLIPTextModelWithProjection(config)
+
+
+def clip_unprojected(width=32):
+    return transformers.CLIPTextModel(clip(width).config)
+
+
+def t5(width=32, kind="T5"):
+    config = getattr(transformers, f"{kind}Config")(
+        d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=VOCABULARY, feed_forward_proj="gated-gelu"
+    )
+    return getattr(transformers, f"{kind}EncoderModel")(config)
+
+
+def qwen3(width=16, cls=transformers.Qwen3Model):
+    return cls(transformers.Qwen3Config(**DECODER, hidden_size=width, intermediate_size=16, head_dim=8))
+
+
+def qwen_vl(width=16):
+    text = DECODER | dict(
+        hidden_size=width, intermediate_size=16, rope_theta=1e6,
+        rope_scaling={"mrope_section": [1, 1, width // 4 - 2], "rope_type": "default", "type": "default"},
+    )  # fmt: skip
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=width)
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen3_vl(width=16):
+    rope = {"mrope_section": [2, 1, 1], "rope_type": "default", "rope_theta": 1e6}
+    text = DECODER | dict(hidden_size=width, intermediate_size=16, head_dim=8, rope_parameters=rope)
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=width)
+    return transformers.Qwen3VLModel(transformers.Qwen3VLConfig(text_config=text, vision_config=vision))
+
+
+class Processor:
+    """A tokenizer behind the interface of a processor of texts and images."""
+
+    def __init__(self):
+        self.tokenizer = tokenizer()
+
+    def __call__(self, text, **settings):
+        return self.tokenizer(text, **settings)
+
+    def apply_chat_template(self, messages, **settings):
+        return [self.tokenizer.apply_chat_template(messages, **settings)]
+
+
+def vae_2d(channels=4, widths=(4,)):
+    return diffusers.AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=["DownEncoderBlock2D"] * len(widths),
+        up_block_types=["UpDecoderBlock2D"] * len(widths),
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.06,
+        scaling_factor=1.5,
+    )
+
+
+def flow(**settings):
+    return diffusers.FlowMatchEulerDiscreteScheduler(**settings)
+
+
+def build(cls, scheduler, **components):
+    pipe = cls(scheduler=scheduler, **components)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(1)
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.eval().requires_grad_(False)
+            for p in module.parameters():  # layers initialised to zero, or not at all, would hide what comes before
+                if not p.isfinite().all() or p.abs().max() > 1e3 or (p == 0).all():
+                    p.normal_(0, 0.1, generator=generator)
+    return pipe
+
+
+def arguments(size, guidance="guidance_scale", negative=True, **more):
+    call = dict(prompt=list(PROMPTS), height=size, width=size, num_inference_steps=4)
+    if guidance:
+        call[guidance] = 3.0
+    if negative:
+        call["negative_prompt"] = list(NEGATIVE)
+    return call | more
+
+
+def stable_diffusion_3(layers=2, **more):
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=16, patch_size=1, in_channels=4, out_channels=4, num_layers=layers, attention_head_dim=8,
+        num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=64, pooled_projection_dim=64,
+        pos_embed_max_size=16,
+    )  # fmt: skip
+    pipe = build(
+        diffusers.StableDiffusion3Pipeline,
+        flow(shift=3.0),
+        transformer=transformer,
+        vae=vae_2d(),
+        text_encoder=clip(),
+        tokenizer=tokenizer(77),
+        text_encoder_2=clip(),
+        tokenizer_2=tokenizer(77),
+        text_encoder_3=t5(64),
+        tokenizer_3=tokenizer(),
+    )
+    return pipe, arguments(8, max_sequence_length=48, **more)
+
+
+def stable_diffusion_3_skip_layers():
+    return stable_diffusion_3(3, skip_guidance_layers=[1], skip_layer_guidance_start=0.0, skip_layer_guidance_stop=0.7)
+
+
+def flux(**more):
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[4, 4, 8], guidance_embeds=True,
+    )  # fmt: skip
+    pipe = build(
+        diffusers.FluxPipeline,
+        flow(use_dynamic_shifting=True, shift=3.0),
+        transformer=transformer,
+        vae=vae_2d(),
+        text_encoder=clip_unprojected(),
+        tokenizer=tokenizer(77),
+        text_encoder_2=t5(),
+        tokenizer_2=tokenizer(),
+    )
+    return pipe, arguments(8, max_sequence_length=48, negative=False, **more)
+
+
+def flux_true_cfg():
+    return flux(true_cfg_scale=2.0, negative_prompt=list(NEGATIVE))
+
+
+def flux2_klein():
+    transformer = diffusers.Flux2Transformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, timestep_guidance_channels=32, axes_dims_rope=[4, 4, 4, 4], guidance_embeds=False,
+    )  # fmt: skip
+    pipe = build(
+        diffusers.Flux2KleinPipeline,
+        flow(use_dynamic_shifting=True, shift=3.0),
+        transformer=transformer,
+        vae=vae_flux2(1),
+        text_encoder=qwen3(cls=transformers.Qwen3ForCausalLM),
+        tokenizer=tokenizer(),
+    )
+    return pipe, arguments(8, negative=False, max_sequence_length=48, text_encoder_out_layers=(1,))
+
+
+def qwen_image():
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=3,
+        joint_attention_dim=16, guidance_embeds=False, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    pipe = build(
+        diffusers.QwenImagePipeline,
+        flow(use_dynamic_shifting=True, shift_terminal=0.02),
+        transformer=transformer,
+        vae=vae_qwen(),
+        text_encoder=qwen_vl(),
+        tokenizer=tokenizer(),
+    )
+    return pipe, arguments(32, "true_cfg_scale", max_sequence_length=48)
+
+
+def vae_qwen(cls=diffusers.AutoencoderKLQwenImage, channels=4):
+    return cls(
+        base_dim=8, z_dim=channels, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * channels, latents_std=[1.0] * channels,
+    )  # fmt: skip
+
+
+def z_image():
+    transformer = diffusers.ZImageTransformer2DModel(
+        all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2,
+        n_kv_heads=2, cap_feat_dim=16, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
+    )  # fmt: skip
+    for name in ("x_pad_token", "cap_pad_token"):  # made by torch.empty
+        torch.nn.init.ones_(getattr(transformer, name))
+    pipe = build(
+        diffusers.ZImagePipeline,
+        flow(shift=6.0),
+        transformer=transformer,
+        vae=vae_2d(widths=(4, 4)),
+        text_encoder=qwen3(),
+        tokenizer=tokenizer(),
+    )
+    return pipe, arguments(16, max_sequence_length=48)
+
+
+def gemma(cls="Gemma2Model", width=8):
+    config = transformers.Gemma2Config(**DECODER, hidden_size=width, intermediate_size=16, head_dim=8)
+    return getattr(transformers, cls)(config)
+
+
+def vae_dc():
+    return diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41407,
+    )
+
+
+def sana():
+    transformer = diffusers.SanaTransformer2DModel(
+        patch_size=1, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=8,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=8,
+        sample_size=32,
+    )  # fmt: skip
+    pipe = build(
+        diffusers.SanaPipeline,
+        diffusers.DPMSolverMultistepScheduler(**FLOW_SIGMAS),
+        transformer=transformer,
+        vae=vae_dc(),
+        text_encoder=gemma(),
+        tokenizer=tokenizer(),
+    )
+    return pipe, arguments(
+        32, max_sequence_length=48, complex_human_instruction=["say: "], use_resolution_binning=False
+    )
+
+
+def lumina2():
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=4, patch_size=2, in_channels=4, hidden_size=24, num_layers=2, num_attention_heads=3,
+        num_kv_heads=1, multiple_of=16, norm_eps=1e-5, scaling_factor=1.0, axes_dim_rope=[4, 2, 2], cap_feat_dim=8,
+    )  # fmt: skip
+    pipe = build(
+        diffusers.Lumina2Pipeline,
+        flow(shift=6.0),
+        transformer=transformer,
+        vae=vae_2d(),
+        text_encoder=gemma(),
+        tokenizer=tokenizer(),
+    )
+    return pipe, arguments(64, max_sequence_length=48, system_prompt="draw")
+
+
+def aura_flow():
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_mmdit_layers=1, num_single_dit_layers=1,
+        attention_head_dim=8, num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=32,
+        pos_embed_max_size=64,
+    )  # fmt: skip
+    pipe = build(
+        diffusers.AuraFlowPipeline,
+        flow(shift=1.73),
+        transformer=transformer,
+        vae=vae_2d(),
+        text_encoder=t5(kind="UMT5"),
+        tokenizer=tokenizer(),
+    )
+    return pipe, arguments(16, max_sequence_length=48)
+
+
+def cogview4():
+    transformer = diffusers.CogView4Transformer2DModel(
+        patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        text_embed_dim=32, time_embed_dim=8, condition_dim=4,
+    )  # fmt: skip
+    config = transformers.GlmConfig(**DECODER, hidden_size=32, intermediate_size=8, head_dim=16)
+    pipe = build(
+        diffusers.CogView4Pipeline,
+        flow(
+            base_shift=0.25, max_shift=0.75, base_image_seq_len=256, use_dynamic_shifting=True, time_shift_type="linear"
+        ),
+        transformer=transformer,
+        vae=vae_2d(widths=(4, 4)),
+        text_encoder=transformers.GlmModel(config),
+        tokenizer=tokenizer(),
+    )
+    return pipe, arguments(16, max_sequence_length=48)
+
+
+def chroma():
+    transformer = diffusers.ChromaTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=[4, 4, 8], approximator_hidden_dim=32, approximator_layers=1,
+        approximator_num_channels=16,
+    )  # fmt: skip
+    pipe = build(
+        diffusers.ChromaPipeline,
+        flow(),
+        transformer=transformer,
+        vae=vae_2d(),
+        text_encoder=t5(),
+        tokenizer=tokenizer(),
+    )
+    return pipe, arguments(8, max_sequence_length=48)
+
+
+def hunyuan_image():
+    transformer = diffusers.HunyuanImageTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=4, attention_head_dim=8, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, patch_size=(1, 1), guidance_embeds=False, text_embed_dim=16, text_embed_2_dim=32,
+        rope_axes_dim=(4, 4),
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLHunyuanImage(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 32), layers_per_block=1,
+        spatial_compression_ratio=2, sample_size=128, scaling_factor=0.476986,
+    )  # fmt: skip
+    guider = diffusers.AdaptiveProjectedMixGuidance
+    pipe = build(
+        diffusers.HunyuanImagePipeline,
+        flow(shift=7.0),
+        transformer=transformer,
+        vae=vae,
+        text_encoder=qwen_vl(),
+        tokenizer=tokenizer(),
+        text_encoder_2=t5(),
+        tokenizer_2=tokenizer(),
+        guider=guider(adaptive_projected_guidance_start_step=1),  # so that momentum counts within 4 steps
+        ocr_guider=guider(adaptive_projected_guidance_start_step=1),
+    )
+    return pipe, arguments(16, guidance=None)
+
+
+def vae_wan(channels=16):
+    return vae_qwen(diffusers.AutoencoderKLWan, channels)
+
+
+def wan(boundary_ratio=None, **settings):
+    def transformer():
+        return diffusers.WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
+            text_dim=32, freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+        )  # fmt: skip
+
+    pipe = build(
+        diffusers.WanPipeline,
+        diffusers.UniPCMultistepScheduler(**FLOW_SIGMAS),
+        transformer=transformer(),
+        transformer_2=transformer() if boundary_ratio else None,
+        boundary_ratio=boundary_ratio,
+        vae=vae_wan(),
+        text_encoder=t5(kind="UMT5"),
+        tokenizer=tokenizer(),
+        **settings,
+    )
+    return pipe, arguments(16, num_frames=5, max_sequence_length=48)
+
+
+def wan_two_denoisers():
+    return wan(boundary_ratio=0.8)
+
+
+def wan_expanded_timesteps():
+    return wan(expand_timesteps=True)
+
+
+def ltx():
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, patch_size=1, patch_size_t=1, num_attention_heads=4, attention_head_dim=8,
+        cross_attention_dim=32, num_layers=2, caption_channels=32,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1), decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False), decoder_spatio_temporal_scaling=(True, True, False, False),
+        decoder_inject_noise=(False, False, False, False, False), upsample_residual=(False, False, False, False),
+        upsample_factor=(1, 1, 1, 1), timestep_conditioning=False, patch_size=1, patch_size_t=1, encoder_causal=True,
+        decoder_causal=False,
+    )  # fmt: skip
+    vae.use_framewise_encoding = vae.use_framewise_decoding = False
+    pipe = build(
+        diffusers.LTXPipeline,
+        flow(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, shift_terminal=0.1),
+        transformer=transformer,
+        vae=vae,
+        text_encoder=t5(),
+        tokenizer=tokenizer(),
+    )
+    return pipe, arguments(32, num_frames=9, max_sequence_length=48)
+
+
+def lumina():
+    transformer = diffusers.LuminaNextDiT2DModel(
+        sample_size=16, patch_size=2, in_channels=4, hidden_size=32, num_layers=2, num_attention_heads=2,
+        num_kv_heads=1, multiple_of=16, norm_eps=1e-5, learn_sigma=True, cross_attention_dim=8, scaling_factor=1.0,
+    )  # fmt: skip
+    pipe = build(
+        diffusers.LuminaPipeline,
+        flow(),
+        transformer=transformer,
+        vae=vae_2d(),
+        text_encoder=gemma(),
+        tokenizer=tokenizer(),
+    )
+    return pipe, arguments(64, max_sequence_length=48, clean_caption=False)
+
+
+def mochi():
+    transformer = diffusers.MochiTransformer3DModel(
+        patch_size=2, num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=16,
+        in_channels=12, out_channels=12, text_embed_dim=32, time_embed_dim=4, max_sequence_length=48,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLMochi(
+        latent_channels=12, encoder_block_out_channels=(32, 32, 32, 32), decoder_block_out_channels=(32, 32, 32, 32),
+        layers_per_block=(1, 1, 1, 1, 1), temporal_expansions=(1, 2, 3), spatial_expansions=(2, 2, 2),
+    )  # fmt: skip
+    pipe = build(
+        diffusers.MochiPipeline,
+        flow(invert_sigmas=True),
+        transformer=transformer,
+        vae=vae,
+        text_encoder=t5(),
+        tokenizer=tokenizer(),
+    )
+    return pipe, arguments(16, num_frames=7, max_sequence_length=48)
+
+
+def bria():
+    transformer = diffusers.BriaTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=[4, 4, 8],
+    )  # fmt: skip
+    pipe = build(
+        diffusers.BriaPipeline,
+        flow(use_dynamic_shifting=True),
+        transformer=transformer,
+        vae=diffusers.AutoencoderKL(**dict(vae_2d(widths=(4, 4)).config) | {"shift_factor": None}),
+        text_encoder=t5(),
+        tokenizer=tokenizer(),
+    )
+    return pipe, arguments(16, max_sequence_length=48)
+
+
+def ovis():
+    transformer = diffusers.OvisImageTransformer2DModel(
+        patch_size=1, in_channels=16, out_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=[4, 4, 8],
+    )  # fmt: skip
+    pipe = build(
+        diffusers.OvisImagePipeline,
+        flow(use_dynamic_shifting=True),
+        transformer=transformer,
+        vae=vae_2d(widths=(4, 4)),
+        text_encoder=qwen3(),
+        tokenizer=tokenizer(),
+    )
+    return pipe, arguments(16, max_sequence_length=160)
+
+
+def kandinsky5():
+    transformer = diffusers.Kandinsky5Transformer3DModel(
+        in_visual_dim=4, in_text_dim=16, in_text_dim2=32, time_dim=16, out_visual_dim=4, patch_size=(1, 2, 2),
+        model_dim=32, ff_dim=32, num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 2, 2),
+    )  # fmt: skip
+    pipe = build(
+        diffusers.Kandinsky5T2IPipeline,
+        flow(shift=5.0),
+        transformer=transformer,
+        vae=vae_2d(),
+        text_encoder=qwen_vl(),
+        tokenizer=tokenizer(),
+        text_encoder_2=clip_unprojected(),
+        tokenizer_2=tokenizer(77),
+    )
+    pipe.resolutions = [(64, 64)]
+    return pipe, arguments(64, max_sequence_length=256)
+
+
+def krea2():
+    transformer = diffusers.Krea2Transformer2DModel(
+        in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=32, timestep_embed_dim=16, text_hidden_dim=16, num_text_layers=2, text_num_attention_heads=2,
+        text_num_key_value_heads=2, text_intermediate_size=16, num_layerwise_text_blocks=1, num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    pipe = build(
+        diffusers.Krea2Pipeline,
+        flow(use_dynamic_shifting=True),
+        transformer=transformer,
+        vae=vae_qwen(),
+        text_encoder=qwen3_vl(),
+        tokenizer=tokenizer(),
+        text_encoder_select_layers=(1, 2),
+    )
+    return pipe, arguments(32, max_sequence_length=256)
+
+
+def vae_hunyuan_video():
+    return diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+    )
+
+
+def hunyuan_video():
+    transformer = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1,
+        num_single_layers=1, num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True,
+        text_embed_dim=16, pooled_projection_dim=32, rope_axes_dim=(4, 4, 8),
+    )  # fmt: skip
+    pipe = build(
+        diffusers.HunyuanVideoPipeline,
+        flow(shift=7.0),
+        transformer=transformer,
+        vae=vae_hunyuan_video(),
+        text_encoder=qwen3(),
+        tokenizer=tokenizer(),
+        text_encoder_2=clip_unprojected(),
+        tokenizer_2=tokenizer(77),
+    )
+    template = {"template": "draw: {}", "crop_start": 6}
+    return pipe, arguments(16, num_frames=5, max_sequence_length=48, true_cfg_scale=2.0, prompt_template=template)
+
+
+def hidream():
+    transformer = diffusers.HiDreamImageTransformer2DModel(
+        patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, caption_channels=[32, 16], text_emb_dim=64, num_routed_experts=2,
+        num_activated_experts=2, axes_dims_rope=(8, 4, 4), max_resolution=(16, 16), llama_layers=[0, 1],
+    )  # fmt: skip
+    pipe = build(
+        diffusers.HiDreamImagePipeline,
+        flow(shift=3.0),
+        transformer=transformer,
+        vae=vae_2d(),
+        text_encoder=clip(),
+        tokenizer=tokenizer(77),
+        text_encoder_2=clip(),
+        tokenizer_2=tokenizer(77),
+        text_encoder_3=t5(),
+        tokenizer_3=tokenizer(),
+        text_encoder_4=qwen3(cls=transformers.Qwen3ForCausalLM),
+        tokenizer_4=tokenizer(),
+    )
+    pipe.default_sample_size = 8
+    return pipe, arguments(16, max_sequence_length=48)
+
+
+def sana_video():
+    transformer = diffusers.SanaVideoTransformer3DModel(
+        in_channels=16, out_channels=16, num_layers=2, num_attention_heads=2, attention_head_dim=12,
+        num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=8,
+        mlp_ratio=2.5, sample_size=8, patch_size=(1, 2, 2),
+    )  # fmt: skip
+    pipe = build(
+        diffusers.SanaVideoPipeline,
+        diffusers.DPMSolverMultistepScheduler(**FLOW_SIGMAS),
+        transformer=transformer,
+        vae=vae_wan(),
+        text_encoder=gemma(),
+        tokenizer=tokenizer(),
+    )
+    return pipe, arguments(
+        32, frames=5, max_sequence_length=48, complex_human_instruction=["say: "], use_resolution_binning=False
+    )
+
+
+def vae_flux2(channels=4, widths=(4,)):
+    return diffusers.AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths, layers_per_block=1, latent_channels=channels, norm_num_groups=1,
+    )  # fmt: skip
+
+
+def ernie():
+    transformer = diffusers.ErnieImageTransformer2DModel(
+        hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=32, in_channels=16, out_channels=16,
+        patch_size=1, text_in_dim=16, rope_axes_dim=(4, 6, 6),
+    )  # fmt: skip
+    pipe = build(
+        diffusers.ErnieImagePipeline,
+        flow(shift=4.0),
+        transformer=transformer,
+        vae=vae_flux2(),
+        text_encoder=qwen3(),
+        tokenizer=tokenizer(),
+        pe=None,
+        pe_tokenizer=None,
+    )
+    return pipe, arguments(16, use_pe=False)
+
+
+def qwen_image_21():
+    transformer = diffusers.QwenImage21Transformer2DModel(
+        patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        context_in_dim=16, mlp_ratio=2, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLQwenImage21(
+        base_dim=8, decoder_base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )  # fmt: skip
+    pipe = build(
+        diffusers.QwenImage21Pipeline,
+        flow(shift=3.0),
+        transformer=transformer,
+        vae=vae,
+        text_encoder=qwen3(cls=transformers.Qwen3ForCausalLM),
+        processor=Processor(),
+    )
+    return pipe, arguments(64, "true_cfg_scale", use_kv_cache=False)
+
+
+def longcat():
+    transformer = diffusers.LongCatImageTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=[4, 4, 8],
+    )  # fmt: skip
+    pipe = build(
+        diffusers.LongCatImagePipeline,
+        flow(use_dynamic_shifting=True),
+        transformer=transformer,
+        vae=vae_2d(16),
+        text_encoder=qwen_vl(),
+        tokenizer=tokenizer(),
+        text_processor=tokenizer(),
+    )
+    pipe.tokenizer_max_length = 48
+    return pipe, arguments(16, enable_prompt_rewrite=False)
+
+
+CORE = {f.__name__: f for f in (stable_diffusion_3, flux, z_image, wan)}
+FAMILIES = CORE | {
+    f.__name__: f
+    for f in (
+        stable_diffusion_3_skip_layers, flux_true_cfg, flux2_klein, qwen_image, sana, lumina2, aura_flow, cogview4,
+        chroma, hunyuan_image, wan_two_denoisers, wan_expanded_timesteps, ltx,
+        lumina, mochi, bria, ovis, kandinsky5, krea2, hunyuan_video, hidream, sana_video, ernie,
+        qwen_image_21, longcat,
+    )
+}  # fmt: skip
