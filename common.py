@@ -306,9 +306,9 @@ def check_model(args):
         refuse("model", args.model, f"no diffusers folder there, and no such model on the hub ({reason})")
     scheduler = (index.get("scheduler") or [None, None])[1]
     try:
-        config = DiffusionPipeline.load_config(args.model, subfolder="scheduler") if scheduler else {}
+        config = FlowMatchEulerDiscreteScheduler.load_config(args.model, subfolder="scheduler") if scheduler else {}
     except OSError as error:
-        refuse("model", args.model, f"its scheduler has no configuration ({str(error).splitlines()[0]})")
+        refuse("model", args.model, f"its {scheduler} has no configuration ({str(error).splitlines()[0]})")
     if reason := no_rectified_flow(scheduler, config):
         refuse("model", args.model, reason)
 
@@ -365,7 +365,10 @@ def _quiet():
 
 def pick_device(device):
     """The torch device of --device; auto is the GPU if there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # float32 models use the tensor cores
+    return device
 
 
 def load_pipeline(model, device, dtype) -> DiffusionPipeline:
@@ -401,8 +404,8 @@ def no_rectified_flow(scheduler, config):
     """Why a model with this scheduler (name, configuration) is no rectified flow with an ODE; None if it is one."""
     if scheduler != FlowMatchEulerDiscreteScheduler.__name__:
         if config.get("prediction_type") != "flow_prediction" or not config.get("use_flow_sigmas"):
-            predicts = config.get("prediction_type", "another quantity")
-            return f"its scheduler, {scheduler}, is for a model of {predicts}; only rectified flows will do"
+            predicts = config.get("prediction_type")
+            return f"its scheduler is {scheduler} with prediction_type {predicts}; only rectified flows will do"
     elif (config.get("sigma_max") or 1) > 1:
         return f"its noise levels begin at {config['sigma_max']:g}; only rectified flows, from 1 to 0, will do"
     elif config.get("stochastic_sampling"):
@@ -442,10 +445,12 @@ def trainable_parameters(pipe, args, seed):
                 refuse("target_modules", args.target_modules, str(error).splitlines()[0])
         if args.train.enable_gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
-    named = [item for denoiser in denoisers(pipe) for item in denoiser.named_parameters() if item[1].requires_grad]
-    for _, parameter in named:
+    trained = {name: module for name, module in pipe.components.items() if module in denoisers(pipe)}
+    named = {f"{name}.{key}": p for name, module in trained.items() for key, p in module.named_parameters()}
+    named = {name: p for name, p in named.items() if p.requires_grad}
+    for parameter in named.values():
         parameter.data = parameter.data.float()
-    return dict(named)
+    return named
 
 
 def denoisers(pipe):

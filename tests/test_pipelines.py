@@ -5,7 +5,10 @@ The core families run by default, the others with `-m families`.
 
 import copy
 import functools
+import json
+from types import SimpleNamespace
 
+import diffusers
 import peft
 import pytest
 import tiny_pipelines
@@ -70,11 +73,12 @@ def traces(pipe):
 
 def pytest_generate_tests(metafunc):
     """The families beside the core ones take part when the marker is asked for."""
+    if "dtype" in metafunc.fixturenames:
+        metafunc.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"], scope="module")
     if "family" in metafunc.fixturenames:
         others = [name for name in tiny_pipelines.FAMILIES if name not in tiny_pipelines.CORE]
         marked = [pytest.param(name, marks=pytest.mark.families) for name in others]
         asked = "families" in metafunc.config.option.markexpr
-        metafunc.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"], scope="module")
         metafunc.parametrize("family", [*tiny_pipelines.CORE, *(marked if asked else ())], scope="module")
 
 
@@ -103,10 +107,23 @@ def test_ode_is_the_plain_pipeline(family, dtype):
     assert not torch.equal(ode.images, rollout.images)
 
 
+def test_without_noise_every_step_is_the_ode(family, dtype):
+    """So the velocity that reaches the tape is noise - data, and the noise levels are its own."""
+    pipe, call, parameters, plain, before, rollout = taped(family, dtype)
+    ode = common.rollout(pipe, call | {"generator": noise(0)}, "ODE", 0.0, ())
+    steps = range(call["num_inference_steps"])
+    sde = common.rollout(pipe, call | {"generator": noise(0)}, "Flow-SDE", 0.0, steps)
+    off = (sde.x0.float() - ode.x0.float()).norm() / (ode.x0.float() - ode.noise.float()).norm()
+    assert off < (1e-4 if dtype == torch.float32 else 0.1)
+    assert sde.sigmas[0] > 0.9 and sde.sigmas[-1] == 0 and (sde.sigmas.diff() < 0).all()
+
+
 def test_nothing_is_left_behind(family, dtype):
     pipe, call, parameters, plain, before, rollout = taped(family, dtype)
     common.replay(pipe, rollout, 1)
     assert traces(pipe) == before
+    given = {key: value for key, value in rollout.call.items() if key in call}
+    assert given == call == tiny_pipelines.FAMILIES[family]()[1]  # some pipelines write into their arguments
 
 
 def test_replay_at_other_latents(family, dtype):
@@ -118,3 +135,128 @@ def test_replay_at_other_latents(family, dtype):
         assert step is None and velocity.shape == taken.velocity.shape and velocity.requires_grad
         assert not torch.equal(velocity, taken.velocity), f"step {k} does not depend on x"
         assert torch.equal(same, taken.velocity), f"step {k}"
+
+
+def test_prompts_and_guidance_take_part(family):
+    pipe, call = fresh(family)
+    images = pipe(**copy.deepcopy(call), generator=noise(0), output_type="pt", return_dict=False)[0]
+    for key in {"prompt", "negative_prompt"} & set(call):
+        other = copy.deepcopy(call) | {key: ["three green triangles", "ugly"]}
+        assert not torch.equal(images, pipe(**other, generator=noise(0), output_type="pt", return_dict=False)[0]), key
+
+
+def fresh(family):
+    torch.manual_seed(0)
+    pipe, call = tiny_pipelines.FAMILIES[family]()
+    common.use_flow_matching(pipe)
+    return pipe, call
+
+
+def settings(**changed):
+    defaults = dict(finetune_type="lora", lora_rank=4, lora_alpha=6, target_modules=common.RunArgs().target_modules)
+    return SimpleNamespace(train=SimpleNamespace(enable_gradient_checkpointing=False), **defaults | changed)
+
+
+def test_default_targets(family):
+    pipe, _ = fresh(family)
+    args = settings()
+    if not hasattr(pipe.transformer, "add_adapter"):
+        with pytest.raises(SystemExit):
+            common.trainable_parameters(pipe, args, seed=0)
+        args = settings(finetune_type="full")
+    elif family in tiny_pipelines.OTHER_TARGETS:
+        with pytest.raises(SystemExit):
+            common.trainable_parameters(pipe, args, seed=0)
+        pipe, args = fresh(family)[0], settings(target_modules=("all-linear",))
+    parameters = common.trainable_parameters(pipe, args, seed=0)
+    trained = [p for denoiser in common.denoisers(pipe) for p in denoiser.parameters() if p.requires_grad]
+    assert len(parameters) == len(trained) > 0
+    assert all(p.dtype == torch.float32 for p in trained)
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion_3", "flux"])
+def test_saved_adapters_load_in_diffusers(name, tmp_path):
+    pipe, call = fresh(name)
+    lora(pipe, list(common.RunArgs().target_modules), rank=4, alpha=6)
+    trained = pipe(**call, generator=noise(0), output_type="pt").images
+    common.Run.save_weights(SimpleNamespace(args=settings(), folder=tmp_path), pipe)
+
+    pipe, call = fresh(name)
+    base = pipe(**call, generator=noise(0), output_type="pt").images
+    pipe.load_lora_weights(tmp_path / "lora")
+    assert torch.equal(pipe(**call, generator=noise(0), output_type="pt").images, trained)
+    assert not torch.equal(base, trained)
+
+
+@pytest.mark.parametrize("name", ["sana", "wan"])
+def test_other_solvers_become_the_euler_method_of_their_flow(name):
+    torch.manual_seed(0)
+    pipe, call = tiny_pipelines.FAMILIES[name]()
+    pipe.scheduler.set_timesteps(4)
+    theirs = pipe.scheduler.sigmas
+    common.use_flow_matching(pipe)
+    tape = common.rollout(pipe, call | {"generator": noise(0)}, "ODE", 0.0, ())
+    even = torch.tensor([1, 0.75, 0.5, 0.25, 0])
+    shift = tiny_pipelines.FLOW_SIGMAS["flow_shift"]
+    assert torch.allclose(tape.sigmas, shift * even / (1 + (shift - 1) * even))
+    assert torch.allclose(tape.sigmas, theirs, atol=2e-3)
+    assert tuple(pipe.config["scheduler"]) == ("diffusers", "FlowMatchEulerDiscreteScheduler")  # as it is saved
+
+
+def test_latents_changed_between_steps_are_refused():
+    pipe, call = fresh("stable_diffusion_3")
+
+    def shrink(pipe, k, timestep, tensors):
+        return {"latents": 0.9 * tensors["latents"]}
+
+    call |= {"generator": noise(0), "callback_on_step_end": shrink}
+    rollout = common.rollout(pipe, call, "Flow-SDE", 0.7, (0, 1), noise(1))
+    common.replay(pipe, rollout, 0)
+    with pytest.raises(NotImplementedError, match="changes its latents"):
+        common.replay(pipe, rollout, 1)
+
+
+def test_a_cache_between_steps_is_refused():
+    pipe, call = fresh("qwen_image_21")
+    pipe(**call, generator=noise(0))
+    before = traces(pipe)
+    with pytest.raises(NotImplementedError, match="use_kv_cache=False"):
+        common.rollout(pipe, call | {"generator": noise(0), "use_kv_cache": True}, "ODE", 0.0, ())
+    assert traces(pipe) == before
+
+
+def scheduler_configs():
+    good = dict(
+        euler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        dpm=diffusers.DPMSolverMultistepScheduler(**tiny_pipelines.FLOW_SIGMAS),
+        unipc=diffusers.UniPCMultistepScheduler(**tiny_pipelines.FLOW_SIGMAS),
+    )
+    bad = dict(
+        scm=(diffusers.SCMScheduler(), {}, "trigflow"),
+        epsilon=(diffusers.DDIMScheduler(), {}, "epsilon"),
+        dpm_epsilon=(diffusers.DPMSolverMultistepScheduler(), {}, "epsilon"),
+        edm=(diffusers.EDMEulerScheduler(), {}, "epsilon"),
+        edm_as_flow=(diffusers.FlowMatchEulerDiscreteScheduler(), {"sigma_max": 80.0}, "begin at 80"),
+        stochastic=(diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), {}, "stochastic_sampling"),
+    )
+    return [pytest.param(s, {}, None, id=name) for name, s in good.items()] + [
+        pytest.param(*case, id=name) for name, case in bad.items()
+    ]
+
+
+@pytest.mark.parametrize("scheduler, more, reason", scheduler_configs())
+def test_only_rectified_flows_are_accepted(scheduler, more, reason, tmp_path, capsys):
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    config = tmp_path / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | more))
+    index = {"_class_name": "SanaPipeline", "scheduler": ["diffusers", type(scheduler).__name__]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    args = SimpleNamespace(
+        model=str(tmp_path), train=SimpleNamespace(resolution=64), eval=SimpleNamespace(resolution=64)
+    )
+    if reason is None:
+        return common.check_model(args)
+    with pytest.raises(SystemExit) as exit:
+        common.check_model(args)
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and message.count("\n") == 1 and reason in message
