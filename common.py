@@ -119,6 +119,8 @@ class RunArgs:
     """Of the frozen weights and the arithmetic. Trained parameters are always float32."""
     device: str = "auto"
     """A torch device; auto takes the GPU if there is one."""
+    cpu_threads: Optional[int] = None
+    """Threads of torch on the CPU; None leaves the choice to torch. Another number can change the last digits."""
     prompts: Optional[str] = None
     """Text file of training prompts, one a line."""
     reward: Annotated[dict, _pairs(float)] = field(default_factory=dict)
@@ -278,6 +280,8 @@ def check_args(args):
             f"or another train.per_device_batch_size",
         )  # fmt: skip
 
+    if args.cpu_threads is not None and args.cpu_threads < 1:
+        refuse("cpu_threads", args.cpu_threads, "must be at least 1")
     if args.device != "auto":
         try:
             torch.empty(0, device=args.device)
@@ -363,9 +367,11 @@ def _quiet():
 # The pipeline
 
 
-def pick_device(device):
-    """The torch device of --device; auto is the GPU if there is one."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+def pick_device(args):
+    """The torch device of --device, made ready; auto is the GPU if there is one."""
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    if args.cpu_threads:
+        torch.set_num_threads(args.cpu_threads)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # float32 models use the tensor cores
     return device
@@ -716,7 +722,8 @@ def shared_noise(rollouts, group_size, same_init_noise):
         drawn[k] = [(taken.x_next.float() - taken.mean) / taken.std for taken in steps]
     shared = 0
     for noise in drawn.values():
-        groups = torch.cat(noise).flatten(1)[:, :64].float().reshape(-1, group_size, 64)
+        noise = torch.cat(noise).flatten(1)[:, :64].float()
+        groups = noise.reshape(-1, group_size, noise.shape[1])
         apart = (groups[:, :, None] - groups[:, None]).abs().amax(dim=3)  # noise of two images differs by about 3
         apart.diagonal(dim1=1, dim2=2).fill_(torch.inf)
         shared += int((apart.amin(dim=2) < 0.05).sum())
@@ -937,8 +944,8 @@ class Run:
         with open(self.folder / "log.txt", "a") as log:
             log.write(f"{line}\n")
 
-    def log(self, row, line=None):
-        """One row of metrics.csv ({column: number}), one console line."""
+    def log(self, row):
+        """One row of metrics.csv ({column: number}), one console line with the most telling of them."""
         seconds = round(time.time() - self.started, 2)
         row = {"epoch": row.pop("epoch"), "images": row.pop("images"), "seconds": seconds} | row
         self.rows.append(row)
@@ -953,7 +960,7 @@ class Run:
         os.replace(temporary, self.folder / "metrics.csv")
         for track in self.trackers:
             track(row)
-        self.print(line or _console_line(row))
+        self.print(_console_line(row))
 
     def contract(self, what, value, holds):
         """One line of the first-step contract; ends the run if it does not hold."""
@@ -975,17 +982,22 @@ class Run:
 
     def save_weights(self, pipe):
         """The trained weights in diffusers' own format: lora/ (with its alpha), or the denoiser's own folder."""
-        trained = {name: pipe.components[name] for name in pipe.components if pipe.components[name] in denoisers(pipe)}
+        trained = {name: module for name, module in pipe.components.items() if module in denoisers(pipe)}
         if self.args.finetune_type == "full":
             for name, module in trained.items():
                 module.save_pretrained(self.folder / name)
             return
-        adapters = {f"{name}_lora_layers": peft.get_peft_model_state_dict(module) for name, module in trained.items()}
-        # without its metadata a LoRA is loaded again with another alpha
-        metadata = {
-            f"{name}_lora_adapter_metadata": module.peft_config["default"].to_dict() for name, module in trained.items()
-        }
-        pipe.save_lora_weights(self.folder / "lora", **adapters, **metadata)
+        saves = inspect.signature(pipe.save_lora_weights).parameters if hasattr(pipe, "save_lora_weights") else {}
+        whole = {}
+        for name, module in trained.items():
+            if f"{name}_lora_layers" in saves:
+                whole[f"{name}_lora_layers"] = peft.get_peft_model_state_dict(module)
+                # without its metadata a LoRA is loaded again with another alpha
+                whole[f"{name}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
+            else:  # load it with pipe.<name>.load_lora_adapter(folder, prefix=None, use_safetensors=True)
+                module.save_lora_adapter(self.folder / "lora" / name)
+        if whole:
+            pipe.save_lora_weights(self.folder / "lora", **whole)
 
 
 def print_plan(run, args, parameters, trained_steps, networks):
@@ -1005,10 +1017,13 @@ def print_plan(run, args, parameters, trained_steps, networks):
     )
 
 
+CONSOLE = ("reward/total", "zero_std", "group_spread", "kl", "clip_fraction", "v_old_distance", "v_ref_distance")
+
+
 def _console_line(row):
-    values = "  ".join(
-        f"{key.removeprefix('train/')} {value:.4g}" for key, value in row.items() if "/" in key and "@" not in key
-    )
+    shown = {key: row[f"train/{key}"] for key in CONSOLE if f"train/{key}" in row}
+    shown |= {key: value for key, value in row.items() if key.startswith("eval/")}
+    values = "  ".join(f"{key} {value:.3g}" for key, value in shown.items())
     return f"epoch {row['epoch']:4d}  images {row['images']:7d}  {row['seconds']:6.0f} s  {values}"
 
 

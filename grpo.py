@@ -226,7 +226,7 @@ def main():
     run = common.Run(args, sources, __file__)
 
     # Model, reward, optimizer
-    device = common.pick_device(args.device)
+    device = common.pick_device(args)
     pipe = common.load_pipeline(args.model, device, getattr(torch, args.dtype))
     parameters = list(common.trainable_parameters(pipe, args, train.seed).values())
     reward = rewards.make_reward(args.reward, device)

@@ -15,6 +15,7 @@ import common
 import dynamics
 import grpo
 import grpo_guard
+import rewards
 from grpo_guard import TrainArgs, grpo_loss, guard_log_ratio, ratio_metrics, step_weights
 
 A = 0.7  # the noise level
@@ -302,6 +303,24 @@ def test_the_loss_of_a_run_is_divided_by_the_step_length(run):  # Q4
     scheduler.set_timesteps(4)
     h = (scheduler.sigmas[1] - scheduler.sigmas[2]).item()
     assert norms[0] * h == pytest.approx(norms[1], rel=1e-4) and policy_losses[0] == policy_losses[1]
+
+
+def test_what_a_run_trains_on(run, monkeypatch):
+    ratios, losses, tapes = [], [], []
+    for name, seen in (("guard_log_ratio", ratios), ("grpo_loss", losses)):
+        shipped = getattr(grpo_guard, name)
+        monkeypatch.setattr(grpo_guard, name, lambda *args, f=shipped, seen=seen: seen.append(args) or f(*args))
+    monkeypatch.setattr(grpo_guard, "rollout", lambda *args: tapes.append(common.rollout(*args)) or tapes[-1])
+    run("--train.max-epochs", 1, "--train.clip-range", 1e-3, "--train.adv-clip-range", 3)
+    reward = rewards.make_reward({"jpeg_compressibility": 1.0}, "cpu")
+    totals = torch.cat([reward(tape.images, tape.call["prompt"])["total"] for tape in tapes])
+    advantages, used = grpo_guard.group_advantages(totals, 4).split(4), set()
+    for (x_next, old_mean, mean, std), (_, zero, given, *clips) in zip(ratios, losses, strict=True):
+        ((i, k),) = ((i, k) for i, tape in enumerate(tapes) for k in tape.steps if tape.steps[k].x_next is x_next)
+        assert old_mean is tapes[i].steps[k].mean and torch.equal(std, tapes[i].steps[k].std)
+        assert mean.requires_grad and (zero == 0).all() and torch.equal(given, advantages[i]) and clips == [1e-3, 3]
+        used.add((i, k))
+    assert len(losses) == 6 and used == {(i, k) for i in range(2) for k in range(3)}
 
 
 @pytest.mark.parametrize("options", ["--train.gradient-step-per-epoch 1", "--train.train-steps 1"])

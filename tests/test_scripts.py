@@ -18,9 +18,18 @@ import rewards
 ROOT = Path(common.__file__).parent
 SMALL = [
     *("--train.max-epochs", "2", "--train.unique-sample-num-per-epoch", "2", "--train.group-size", "4"),
-    *("--train.per-device-batch-size", "4", "--train.num-inference-steps", "4", "--train.gradient-step-per-epoch", "2"),
+    *("--train.per-device-batch-size", "4", "--train.num-inference-steps", "6", "--train.gradient-step-per-epoch", "2"),
     *("--eval.num-inference-steps", "4", "--eval.images-per-prompt", "1", "--eval.eval-freq", "2"),
-    *("--lora-rank", "4", "--train.learning-rate", "1e-3", "--reward", "jpeg_compressibility=1"),
+    *(
+        "--finetune-type",
+        "lora",
+        "--lora-rank",
+        "4",
+        "--train.learning-rate",
+        "1e-3",
+        "--reward",
+        "jpeg_compressibility=1",
+    ),
 ]
 
 
@@ -155,10 +164,10 @@ def test_evaluation_images_are_those_of_plain_diffusers(run, tmp_path):
 REFUSALS = [
     ("--train.dynamics-type ODE", "train.dynamics_type = 'ODE'", "nft.py"),
     ("--train.group-size 1", "train.group_size = 1", "at least 2"),
-    ("--train.train-steps 1 9", "train.train_steps = [1, 9]", "from 0 to 3"),
-    ("--train.train-steps -1", "train.train_steps = [-1]", "from 0 to 3"),
+    ("--train.train-steps 1 9", "train.train_steps = [1, 9]", "from 0 to 5"),
+    ("--train.train-steps -1", "train.train_steps = [-1]", "from 0 to 5"),
     ("--train.train-steps 1 1", "train.train_steps = [1, 1]", "different"),
-    ("--train.dynamics-type CPS --train.train-steps 3", "train.train_steps = [3]", "CPS has no noise"),
+    ("--train.dynamics-type CPS --train.train-steps 5", "train.train_steps = [5]", "CPS has no noise"),
     ("--train.train-steps 1 2 --train.num-train-steps 3", "train.num_train_steps = 3", "2 candidate"),
     ("--train.num-train-steps 0", "train.num_train_steps = 0", "candidate"),
     ("--train.noise-level 0", "train.noise_level = 0.0", "above 0"),
