@@ -193,6 +193,12 @@ def test_weights_are_the_inverse_step_lengths():  # Q4
     assert list(step_weights(TrainArgs(train_steps=[2, 9], num_train_steps=1), sigmas)) == [2, 9]
 
 
+def test_defaults_are_those_of_the_released_code():
+    train = TrainArgs()
+    assert (train.clip_range, train.adv_clip_range, train.noise_level, train.kl_beta) == (2e-6, 5, A, 0)
+    assert train.reweight and not train.global_std and train.dynamics_type == "Flow-SDE"
+
+
 @pytest.mark.parametrize("reweight", [True, False])
 def test_steps_weigh_alike_only_with_reweighting(reweight):  # Q4
     sigmas, noise = sd35_sigmas(), torch.tensor([[1.0, -1.0] * 18], dtype=torch.float64).reshape(1, 4, 3, 3)
@@ -247,8 +253,9 @@ def test_what_is_logged_of_a_step():  # Q4
 SMALL = [
     *("--train.max-epochs", "2", "--train.unique-sample-num-per-epoch", "2", "--train.group-size", "4"),
     *("--train.per-device-batch-size", "4", "--train.num-inference-steps", "4", "--train.gradient-step-per-epoch", "2"),
-    *("--eval.num-inference-steps", "2", "--eval.eval-freq", "2", "--eval.images-per-prompt", "1", "--lora-rank", "4"),
-    *("--train.learning-rate", "1e-3", "--train.noise-level", "0.7", "--train.train-steps", "None"),
+    *("--eval.num-inference-steps", "2", "--eval.eval-freq", "2", "--eval.images-per-prompt", "1"),
+    *("--finetune-type", "lora", "--lora-rank", "4", "--train.learning-rate", "1e-3"),
+    *("--train.noise-level", "0.7", "--train.train-steps", "None"),
     *("--train.num-train-steps", "None", "--train.num-inner-epochs", "1", "--train.kl-beta", "0", "--train.reweight"),
     *("--reward", "jpeg_compressibility=1"),
 ]

@@ -261,6 +261,12 @@ def test_decay_of_the_old_policy(settings, values):  # N6
     assert {i: old_decay(train, i) for i in values} == pytest.approx(values)
 
 
+def test_defaults_are_those_of_the_released_code():
+    train = TrainArgs()
+    assert (train.nft_beta, train.adv_clip_range, train.kl_beta, train.guidance_scale) == (1, C, 1e-4, 1)
+    assert train.self_normalised and train.global_std and train.off_policy and train.dynamics_type == "ODE"
+
+
 def test_noised_latents():
     x0 = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     seeds = [(0, i) for i in range(3)]
@@ -322,8 +328,9 @@ def test_the_loss_knows_nothing_of_the_sampler(make_pipe, call):  # N8
 SMALL = [
     *("--train.max-epochs", "2", "--train.unique-sample-num-per-epoch", "2", "--train.group-size", "4"),
     *("--train.per-device-batch-size", "4", "--train.num-inference-steps", "3", "--train.gradient-step-per-epoch", "2"),
-    *("--eval.num-inference-steps", "2", "--eval.eval-freq", "10", "--eval.images-per-prompt", "1", "--lora-rank", "4"),
-    *("--train.learning-rate", "1e-3", "--train.train-steps", "None", "--train.num-train-steps", "None"),
+    *("--eval.num-inference-steps", "2", "--eval.eval-freq", "10", "--eval.images-per-prompt", "1"),
+    *("--finetune-type", "lora", "--lora-rank", "4", "--train.learning-rate", "1e-3"),
+    *("--train.train-steps", "None", "--train.num-train-steps", "None"),
     *("--train.noise-level", "0.7", "--train.old-decay-start", "0", "--train.old-decay-max", "0.5"),
     *("--train.num-inner-epochs", "1", "--train.off-policy", "--reward", "jpeg_compressibility=1"),
 ]

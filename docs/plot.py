@@ -1,0 +1,45 @@
+"""Draw accuracy against images from metrics.csv files.
+
+python docs/plot.py OUT.png LABEL=FILE[,FILE...] ...      several files of one label, its seeds: mean and range
+"""
+
+import csv
+import sys
+
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+except ImportError:
+    sys.exit("docs/plot.py needs matplotlib: pip install matplotlib")
+
+
+def curve(path):
+    """{images: accuracy} of the evaluations in a metrics.csv."""
+    with open(path, newline="") as file:
+        return {int(row["images"]): float(row["eval/total"]) for row in csv.DictReader(file) if row["eval/total"]}
+
+
+def main(out, *series):
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for one in series:
+        label, _, paths = one.partition("=")
+        curves = [curve(path) for path in paths.split(",")]
+        images = sorted(set.intersection(*map(set, curves)))
+        values = [[c[i] for c in curves] for i in images]
+        (line,) = axes.plot(images, [sum(v) / len(v) for v in values], marker="o", markersize=3, label=label)
+        if len(curves) > 1:
+            axes.fill_between(
+                images, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=line.get_color()
+            )
+    axes.set(xlabel="images sampled in training", ylabel="held-out accuracy", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out, dpi=120, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])
