@@ -1,4 +1,6 @@
+import csv
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub client is imported
 
@@ -53,3 +55,47 @@ def prompt_files(tmp_path):
     train.write_text("a red circle\na blue square\nthree green triangles\n")
     held_out.write_text("a white cross\ntwo red circles\n")
     return ["--prompts", str(train), "--eval.prompts", str(held_out)]
+
+
+SMALL = [
+    *("--train.max-epochs", "2", "--train.unique-sample-num-per-epoch", "2", "--train.group-size", "4"),
+    *("--train.per-device-batch-size", "4", "--train.num-inference-steps", "4", "--train.gradient-step-per-epoch", "2"),
+    *("--train.train-steps", "None", "--train.num-train-steps", "None", "--train.noise-level", "0.7"),
+    *("--eval.num-inference-steps", "2", "--eval.eval-freq", "2", "--eval.images-per-prompt", "1"),
+    *("--finetune-type", "lora", "--lora-rank", "4", "--train.learning-rate", "1e-3", "--train.kl-beta", "0"),
+    *("--reward", "jpeg_compressibility=1"),
+]
+"""The command line of a run of seconds, whatever the embedded model's defaults are."""
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch, prompt_files):
+    """Run a script in this process with more arguments than SMALL; returns its run folder."""
+
+    def call(script, *argv, name="run"):
+        argv = [*SMALL, *prompt_files, "--output-dir", str(tmp_path), "--run-name", name, *map(str, argv)]
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
+        script.main()
+        return tmp_path / name
+
+    return call
+
+
+@pytest.fixture
+def refusal(start, monkeypatch, capsys):
+    """The message of a command that must be refused with status 2 before anything is loaded or written."""
+
+    def call(script, *argv):
+        for name in ("load_pipeline", "Run"):
+            monkeypatch.setattr(common, name, lambda *_: pytest.fail("went on"))
+        with pytest.raises(SystemExit) as exit:
+            start(script, *argv)
+        assert exit.value.code == 2
+        return capsys.readouterr().err
+
+    return call

@@ -1,13 +1,13 @@
 """The loss and the loop of nft.py, from first principles."""
 
-import csv
 import dataclasses
+import functools
 import itertools
-import sys
 from contextlib import contextmanager
 
 import pytest
 import torch
+from conftest import read_csv
 
 import common
 import nft
@@ -325,29 +325,13 @@ def test_the_loss_knows_nothing_of_the_sampler(make_pipe, call):  # N8
 # A whole run
 
 
-SMALL = [
-    *("--train.max-epochs", "2", "--train.unique-sample-num-per-epoch", "2", "--train.group-size", "4"),
-    *("--train.per-device-batch-size", "4", "--train.num-inference-steps", "3", "--train.gradient-step-per-epoch", "2"),
-    *("--eval.num-inference-steps", "2", "--eval.eval-freq", "10", "--eval.images-per-prompt", "1"),
-    *("--finetune-type", "lora", "--lora-rank", "4", "--train.learning-rate", "1e-3"),
-    *("--train.train-steps", "None", "--train.num-train-steps", "None"),
-    *("--train.noise-level", "0.7", "--train.old-decay-start", "0", "--train.old-decay-max", "0.5"),
-    *("--train.num-inner-epochs", "1", "--train.off-policy", "--reward", "jpeg_compressibility=1"),
-]
+STEPS = ("--train.num-inference-steps", "3", "--eval.eval-freq", "10")
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, prompt_files):
+def run(start):
     """Run the script in this process with more arguments; returns the rows of metrics.csv."""
-
-    def call(*argv, name="run"):
-        argv = [*SMALL, *prompt_files, "--output-dir", str(tmp_path), "--run-name", name, *map(str, argv)]
-        monkeypatch.setattr(sys, "argv", ["nft.py", *argv])
-        nft.main()
-        with open(tmp_path / name / "metrics.csv", newline="") as file:
-            return list(csv.DictReader(file))
-
-    return call
+    return lambda *argv, name="run": read_csv(start(nft, *STEPS, *argv, name=name) / "metrics.csv")
 
 
 @pytest.mark.parametrize(
@@ -557,18 +541,9 @@ def test_an_update_is_over_the_mean_of_its_losses(run, monkeypatch, options):
 
 
 @pytest.fixture
-def refused(run, monkeypatch, capsys):
-    """The message of a command that must be refused before anything is loaded or written."""
-
-    def call(*argv):
-        for name in ("load_pipeline", "Run"):
-            monkeypatch.setattr(common, name, lambda *_: pytest.fail("went on"))
-        with pytest.raises(SystemExit) as exit:
-            run(*argv)
-        assert exit.value.code == 2
-        return capsys.readouterr().err
-
-    return call
+def refused(refusal):
+    """The message of a command that must be refused."""
+    return functools.partial(refusal, nft, *STEPS)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The scripts as a user meets them: short runs, the run folder, and every refusal."""
 
-import csv
+import functools
 import json
 import subprocess
 import sys
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import SMALL, read_csv
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 import common
@@ -16,39 +17,18 @@ import grpo
 import rewards
 
 ROOT = Path(common.__file__).parent
-SMALL = [
-    *("--train.max-epochs", "2", "--train.unique-sample-num-per-epoch", "2", "--train.group-size", "4"),
-    *("--train.per-device-batch-size", "4", "--train.num-inference-steps", "6", "--train.gradient-step-per-epoch", "2"),
-    *("--eval.num-inference-steps", "4", "--eval.images-per-prompt", "1", "--eval.eval-freq", "2"),
-    *(
-        "--finetune-type",
-        "lora",
-        "--lora-rank",
-        "4",
-        "--train.learning-rate",
-        "1e-3",
-        "--reward",
-        "jpeg_compressibility=1",
-    ),
-]
-
-
-def read_csv(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, prompt_files):
-    """Run a script in this process with more arguments; returns its run folder."""
+def run(start):
+    """Run grpo.py with more arguments; returns its run folder."""
+    return functools.partial(start, grpo)
 
-    def call(*argv, script=grpo, name="run"):
-        argv = [*SMALL, *prompt_files, "--output-dir", str(tmp_path), "--run-name", name, *map(str, argv)]
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
-        script.main()
-        return tmp_path / name
 
-    return call
+@pytest.fixture
+def refused(refusal):
+    """The message of a grpo.py command that must be refused."""
+    return functools.partial(refusal, grpo)
 
 
 # A whole run
@@ -148,7 +128,7 @@ def test_evaluation_images_are_those_of_plain_diffusers(run, tmp_path):
     pipe.transformer = type(pipe.transformer).from_pretrained(folder / "transformer")
     seed = config["seed"]
     images = pipe(
-        prompt=["a white cross", "two red circles"], height=32, width=32, num_inference_steps=4, guidance_scale=1.0,
+        prompt=["a white cross", "two red circles"], height=32, width=32, num_inference_steps=2, guidance_scale=1.0,
         max_sequence_length=1, generator=common.generators((seed, 0), (seed, 1)), output_type="pt",
     ).images  # fmt: skip
     scored = rewards.make_reward({"jpeg_compressibility": 1.0}, "cpu")(images, ["a white cross", "two red circles"])[
@@ -164,10 +144,10 @@ def test_evaluation_images_are_those_of_plain_diffusers(run, tmp_path):
 REFUSALS = [
     ("--train.dynamics-type ODE", "train.dynamics_type = 'ODE'", "nft.py"),
     ("--train.group-size 1", "train.group_size = 1", "at least 2"),
-    ("--train.train-steps 1 9", "train.train_steps = [1, 9]", "from 0 to 5"),
-    ("--train.train-steps -1", "train.train_steps = [-1]", "from 0 to 5"),
+    ("--train.train-steps 1 9", "train.train_steps = [1, 9]", "from 0 to 3"),
+    ("--train.train-steps -1", "train.train_steps = [-1]", "from 0 to 3"),
     ("--train.train-steps 1 1", "train.train_steps = [1, 1]", "different"),
-    ("--train.dynamics-type CPS --train.train-steps 5", "train.train_steps = [5]", "CPS has no noise"),
+    ("--train.dynamics-type CPS --train.train-steps 3", "train.train_steps = [3]", "CPS has no noise"),
     ("--train.train-steps 1 2 --train.num-train-steps 3", "train.num_train_steps = 3", "2 candidate"),
     ("--train.num-train-steps 0", "train.num_train_steps = 0", "candidate"),
     ("--train.noise-level 0", "train.noise_level = 0.0", "above 0"),
@@ -190,21 +170,6 @@ REFUSALS = [
     ("--train.kl-betta 1", "--train.kl-betta", "--train.kl-beta"),
     ("--train.clip-range much", "--train.clip-range", "much"),
 ]
-
-
-@pytest.fixture
-def refused(run, monkeypatch, capsys):
-    """The message of a command that must be refused before anything is loaded or written."""
-
-    def call(*argv, script=grpo):
-        for name in ("load_pipeline", "Run"):
-            monkeypatch.setattr(common, name, lambda *_: pytest.fail("went on"))
-        with pytest.raises(SystemExit) as exit:
-            run(*argv, script=script)
-        assert exit.value.code == 2
-        return capsys.readouterr().err
-
-    return call
 
 
 @pytest.mark.parametrize("options, what, remedy", REFUSALS)
