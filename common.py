@@ -58,6 +58,8 @@ def _pairs(value_type):
             name, equals, value = token.rpartition("=") if value_type is float else token.partition("=")
             if not equals:
                 raise ValueError(f"{token!r} is not of the form NAME=VALUE")
+            if name in pairs:
+                raise ValueError(f"{name!r} is given twice")
             try:
                 pairs[name] = float(value) if value_type is float else yaml.safe_load(value)
             except yaml.YAMLError as error:
@@ -104,7 +106,8 @@ class RunArgs:
     config: Optional[str] = None
     """A YAML file with these same keys; the command line wins over it."""
     call: Annotated[dict, _pairs(object)] = field(default_factory=dict)
-    """Extra keyword arguments of the pipeline call, e.g. max_sequence_length=256 negative_prompt=blurry."""
+    """Extra keyword arguments of the pipeline call, read as YAML and added to the model's own, e.g.
+    max_sequence_length=256 negative_prompt=blurry."""
     finetune_type: Literal["lora", "full"] = "lora"
     """Train low-rank adapters or the whole denoiser."""
     lora_rank: int = 32
@@ -115,7 +118,7 @@ class RunArgs:
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
     )  # fmt: skip
     """Names of the linear layers that get adapters: the attention projections, or all-linear."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the frozen weights and the arithmetic. Trained parameters are always float32."""
     device: str = "auto"
     """A torch device; auto takes the GPU if there is one."""
@@ -124,7 +127,7 @@ class RunArgs:
     prompts: Optional[str] = None
     """Text file of training prompts, one a line."""
     reward: Annotated[dict, _pairs(float)] = field(default_factory=dict)
-    """Weighted rewards, e.g. jpeg_compressibility=0.1 my_rewards.py:brightness=1."""
+    """Weighted rewards, in the place of the model's own, e.g. jpeg_compressibility=0.1 my_rewards.py:brightness=1."""
     output_dir: str = "runs"
     """Where the run folder is made."""
     run_name: Optional[str] = None
@@ -135,9 +138,13 @@ class RunArgs:
     """Log to TensorBoard, in the run folder."""
 
 
+_said_by = {}  # {dotted key: the file that set it}, so that a refusal can name it
+
+
 def refuse(key, value, remedy) -> NoReturn:
     """End the program with one readable message and exit status 2."""
-    print(f"error: {key} = {value!r}: {remedy}", file=sys.stderr)
+    file = f" (from {_said_by[key]})" if key in _said_by else ""
+    print(f"error: {key} = {value!r}{file}: {remedy}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -156,7 +163,7 @@ def parse_args(Args, description, argv=None):
     trainer = args.train.trainer_type
 
     config = _read_yaml("config", known.config, trainer, Args) if known.config else {}
-    model = Path(known.model or config.get("model") or args.model)
+    model = Path(str(known.model or config.get("model") or args.model))
     defaults = {}
     if (model / "defaults.yaml").is_file():
         defaults = _read_yaml("model", model / "defaults.yaml", trainer, Args)
@@ -165,6 +172,7 @@ def parse_args(Args, description, argv=None):
                 section["prompts"] = os.path.relpath(model / section["prompts"])
 
     sources = {}
+    _said_by.clear()
     layers = [
         (f"{model / 'defaults.yaml'}", _tokens(defaults)),
         (known.config, _tokens(config)),
@@ -182,6 +190,7 @@ def parse_args(Args, description, argv=None):
             raise
         args.call = {**before["call"], **args.call}
         sources |= {key: (value, source) for key, value in _flatten(args).items() if value != before[key]}
+    _said_by.update({key: source for key, (_, source) in sources.items() if source != layers[-1][0]})
     return args, sources
 
 
@@ -190,19 +199,21 @@ def _read_yaml(key, path, trainer, Args):
     if not Path(path).is_file():
         refuse(f"--{key}", str(path), "no such file")
     try:
-        settings = yaml.safe_load(Path(path).read_text()) or {}
-    except yaml.YAMLError as error:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         refuse(f"--{key}", str(path), f"not a YAML file: {error}")
-    if not isinstance(settings, dict):
+    trainers = settings.pop("trainers", None) or {} if isinstance(settings, dict) else None
+    own = trainers.get(trainer) or {} if isinstance(trainers, dict) else None
+    if not isinstance(own, dict):
         refuse(f"--{key}", str(path), "holds no mapping of keys to values")
-    own = settings.pop("trainers", {}).get(trainer, {})
     for name in own:
         both = isinstance(own[name], dict) and isinstance(settings.get(name), dict)
         settings[name] = {**settings[name], **own[name]} if both else own[name]
     train = settings.get("train")
     named = train.get("trainer_type", trainer) if isinstance(train, dict) else trainer
     if named != trainer:
-        refuse("train.trainer_type", named, f"{path} is for another script; this one is the trainer {trainer!r}")
+        script = {"grpo": "grpo.py", "grpo-guard": "grpo_guard.py", "nft": "nft.py"}.get(named, "another script")
+        refuse("train.trainer_type", named, f"{path} is for {script}; this script is the trainer {trainer!r}")
     _check_keys(settings, Args, path)
     return settings
 
@@ -229,7 +240,7 @@ def _tokens(settings, prefix=""):
         if isinstance(value, dict) and name not in ("call", "reward"):
             tokens += _tokens(value, f"{prefix}{name}.")
         elif isinstance(value, dict):
-            tokens += [flag, *(f"{key}={json.dumps(item)}" for key, item in value.items())]
+            tokens += [flag, *(f"{key}={json.dumps(item, default=str)}" for key, item in value.items())]
         elif isinstance(value, bool):
             head, _, last = flag.rpartition(".")
             tokens += [flag if value else f"{head}.no-{last}" if head else f"--no-{flag[2:]}"]
@@ -248,19 +259,49 @@ def _flatten(args, prefix=""):
     return flat
 
 
+AT_LEAST = {
+    1: "cpu_threads lora_rank train.num_inference_steps train.per_device_batch_size train.unique_sample_num_per_epoch "
+    "train.num_inner_epochs train.ema_update_interval eval.num_inference_steps eval.per_device_batch_size "
+    "eval.images_per_prompt eval.eval_freq",
+    0: "train.max_epochs train.learning_rate train.kl_beta train.ema_decay train.guidance_scale train.adam_epsilon "
+    "train.adam_weight_decay train.seed train.old_decay_start train.old_decay_slope eval.guidance_scale eval.seed",
+}
+ABOVE_0 = "lora_alpha train.clip_range train.adv_clip_range train.max_grad_norm"
+OF_THE_CALL = (
+    *("prompt", "height", "width", "num_inference_steps", "guidance_scale", "generator", "latents"),
+    *("num_images_per_prompt", "output_type", "return_dict"),
+)
+
+
 def check_args(args):
-    """Refuse what no script can run: before any weights are loaded, with the key, the value and what would do."""
-    for key in ("num_inference_steps", "per_device_batch_size", "group_size", "unique_sample_num_per_epoch"):
-        if getattr(args.train, key) < 1:
-            refuse(f"train.{key}", getattr(args.train, key), "must be at least 1")
-    for key in ("num_inference_steps", "per_device_batch_size", "images_per_prompt", "eval_freq"):
-        if getattr(args.eval, key) < 1:
-            refuse(f"eval.{key}", getattr(args.eval, key), "must be at least 1")
-    for key in ("max_epochs", "learning_rate", "kl_beta", "ema_decay"):
-        if getattr(args.train, key) < 0:
-            refuse(f"train.{key}", getattr(args.train, key), "must not be negative")
+    """Refuse what no script can run: before any weights are loaded, with the key, the value and what would do.
+
+    Returns all prompts of the run, those of training and of evaluation.
+    """
+    flat = _flatten(args)
+    for key, value in {**flat, **{f"reward {name}": weight for name, weight in args.reward.items()}}.items():
+        if isinstance(value, float) and not np.isfinite(value):
+            refuse(key, value, "must be a finite number")
+    for least, keys in AT_LEAST.items():
+        for key in keys.split():
+            if flat.get(key) is not None and flat[key] < least:
+                refuse(key, flat[key], f"must be at least {least}")
+    for key in ABOVE_0.split():
+        if key in flat and flat[key] <= 0:
+            refuse(key, flat[key], "must be above 0")
     if args.train.ema_decay >= 1:
         refuse("train.ema_decay", args.train.ema_decay, "must be below 1; 0 keeps no average")
+    if not all(0 <= beta < 1 for beta in args.train.adam_betas):
+        refuse("train.adam_betas", args.train.adam_betas, "must be at least 0 and below 1")
+    for key in OF_THE_CALL:
+        if key in args.call:
+            refuse(
+                "call",
+                f"{key}={args.call[key]}",
+                "is set by the script; see --train and --eval for what can be changed",
+            )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        refuse("WORLD_SIZE", os.environ["WORLD_SIZE"], "the scripts run in one process; start them without torchrun")
 
     images = args.train.unique_sample_num_per_epoch * args.train.group_size
     batch, updates = args.train.per_device_batch_size, args.train.gradient_step_per_epoch
@@ -280,8 +321,6 @@ def check_args(args):
             f"or another train.per_device_batch_size",
         )  # fmt: skip
 
-    if args.cpu_threads is not None and args.cpu_threads < 1:
-        refuse("cpu_threads", args.cpu_threads, "must be at least 1")
     if args.device != "auto":
         try:
             torch.empty(0, device=args.device)
@@ -290,15 +329,16 @@ def check_args(args):
     for key, package in (("track", "wandb"), ("tensorboard", "tensorboard")):
         if getattr(args, key) and importlib.util.find_spec(package) is None:
             refuse(key, True, f"needs the package {package}: pip install {package}")
+    name = args.run_name
+    if name is not None and (name in ("", ".", "..") or Path(name).name != name):
+        refuse("run_name", name, "must be the name of a folder, without a path")
+    folder = Path(args.output_dir) / (name or "")
+    if name and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        refuse("run_name", name, f"{folder} already holds a run; choose another name or remove it")
+    check_model(args)
     if not args.prompts:
         refuse("prompts", args.prompts, "name a text file of training prompts, one a line")
-    for key, path in (("prompts", args.prompts), ("eval.prompts", args.eval.prompts)):
-        if path is not None:
-            read_prompts(path, key)
-    folder = Path(args.output_dir) / (args.run_name or "")
-    if args.run_name and folder.exists() and any(folder.iterdir()):
-        refuse("run_name", args.run_name, f"{folder} already holds a run; choose another name or remove it")
-    check_model(args)
+    return read_prompts(args.prompts) + (read_prompts(args.eval.prompts, "eval.prompts") if args.eval.prompts else [])
 
 
 def check_model(args):
@@ -307,7 +347,7 @@ def check_model(args):
         index = DiffusionPipeline.load_config(args.model)
     except Exception as error:  # the hub client raises many kinds
         reason = str(error).splitlines()[0]
-        refuse("model", args.model, f"no diffusers folder there, and no such model on the hub ({reason})")
+        refuse("model", args.model, f"no diffusers folder there, and the hub gave none ({reason})")
     scheduler = (index.get("scheduler") or [None, None])[1]
     try:
         config = FlowMatchEulerDiscreteScheduler.load_config(args.model, subfolder="scheduler") if scheduler else {}
@@ -315,6 +355,14 @@ def check_model(args):
         refuse("model", args.model, f"its {scheduler} has no configuration ({str(error).splitlines()[0]})")
     if reason := no_rectified_flow(scheduler, config):
         refuse("model", args.model, reason)
+    pipeline = getattr(diffusers, str(index.get("_class_name")), None)
+    if pipeline is not None:
+        takes = inspect.signature(pipeline.__call__).parameters
+        for key in args.call:
+            if key not in takes:
+                near = difflib.get_close_matches(key, takes, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                refuse("call", key, f"{pipeline.__name__} takes no such argument{hint}")
 
     try:
         parts = {
@@ -719,7 +767,8 @@ def shared_noise(rollouts, group_size, same_init_noise):
     drawn = {} if same_init_noise else {-1: [tape.noise for tape in rollouts]}
     for k in rollouts[0].steps:
         steps = [tape.steps[k] for tape in rollouts]
-        drawn[k] = [(taken.x_next.float() - taken.mean) / taken.std for taken in steps]
+        some = [(t.flatten(1)[:, :64].float() for t in (taken.x_next, taken.mean)) for taken in steps]
+        drawn[k] = [(x_next - mean) / taken.std.flatten() for (x_next, mean), taken in zip(some, steps, strict=True)]
     shared = 0
     for noise in drawn.values():
         noise = torch.cat(noise).flatten(1)[:, :64].float()
@@ -781,7 +830,10 @@ def read_prompts(path, key="prompts"):
     """The non-empty lines of a text file."""
     if not Path(path).is_file():
         refuse(key, path, "no such file")
-    prompts = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    try:
+        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        refuse(key, path, f"not a UTF-8 text file: {error}")
     if not prompts:
         refuse(key, path, "holds no prompt; it should have one a line")
     return prompts
@@ -825,6 +877,12 @@ class Metrics:
         return {f"{prefix}{name}": torch.stack(values).mean().item() for name, values in self.values.items()}
 
 
+def silent_groups(totals, group_size):
+    """Which groups have rewards that are all equal, and so say nothing. totals: (N,); returns (groups,) booleans."""
+    groups = totals.reshape(-1, group_size)
+    return (groups == groups[:, :1]).all(dim=1)
+
+
 def group_metrics(rollouts, totals, group_size):
     """What shows a run going wrong before its reward does: silent groups, and images growing alike.
 
@@ -835,7 +893,7 @@ def group_metrics(rollouts, totals, group_size):
     groups = images.reshape(-1, group_size, *images.shape[1:])
     return {
         "reward_std": totals.reshape(-1, group_size).std(dim=1, correction=0).mean(),
-        "zero_std": (totals.reshape(-1, group_size).std(dim=1) == 0).float().mean(),
+        "zero_std": silent_groups(totals, group_size).float().mean(),
         "contrast": images.flatten(1).std(dim=1).mean(),
         "group_spread": groups.std(dim=1).mean(),
     }
@@ -893,6 +951,32 @@ def _wrap(text, width, lines=2):
     return "\n".join(out[:lines])
 
 
+def step_optimizer(optimizer, parameters, max_grad_norm):
+    """Clip the gradients and take an optimizer step. Returns the norm before clipping; ends the run if not finite."""
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    if not grad_norm.isfinite():
+        raise RunError(f"the gradient is {grad_norm.item()}; the weights of the last evaluation are kept")
+    optimizer.step()
+    optimizer.zero_grad()
+    return grad_norm
+
+
+class RunError(SystemExit):
+    """Ends a run that has begun with one line."""
+
+    def __init__(self, message):
+        super().__init__(f"error: {message}")
+
+
+def start(main):
+    """Run a script; an interrupt or a failing reward ends it with a line instead of a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; the run folder has the weights and images of the last evaluation", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def progress(items, what):
     """A progress bar, on a terminal only."""
     return tqdm(items, desc=what, leave=False, disable=None)
@@ -917,7 +1001,9 @@ class Run:
         except OSError as error:
             refuse("output_dir", args.output_dir, f"cannot make {self.folder}: {error.strerror}")
         self.args, self.rows, self.started = args, [], time.time()
-        settings = dataclasses.asdict(args)
+        self.eval_prompts = read_prompts(args.eval.prompts or args.prompts)
+        settings = dataclasses.asdict(args) | {"run_name": None, "config": None, "prompts": _absolute(args.prompts)}
+        settings["eval"]["prompts"] = _absolute(args.eval.prompts)
         (self.folder / "args.yaml").write_text(yaml.safe_dump(_plain(settings), sort_keys=False))
         (self.folder / "environment.yaml").write_text(yaml.safe_dump(_environment(), sort_keys=False))
         shutil.copy(script, self.folder)
@@ -970,8 +1056,7 @@ class Run:
 
     def evaluate(self, epoch, pipe, reward):
         """Evaluate, keep the grid and each image's rewards, and return the columns of metrics.csv."""
-        prompts = read_prompts(self.args.eval.prompts or self.args.prompts)
-        images, prompts, rewards = evaluate(pipe, self.args, prompts, reward)
+        images, prompts, rewards = evaluate(pipe, self.args, self.eval_prompts, reward)
         save_grid(self.folder / "images" / f"epoch_{epoch:04d}.png", images, prompts, rewards["total"])
         with open(self.folder / "images" / f"epoch_{epoch:04d}.csv", "w", newline="") as file:
             writer = csv.writer(file)
@@ -1013,7 +1098,7 @@ def print_plan(run, args, parameters, trained_steps, networks):
         f"an epoch: {train.unique_sample_num_per_epoch} prompts x {train.group_size} = {images} images "
         f"in {calls} calls of {train.per_device_batch_size}; {updates} updates over {trained_steps} steps each;\n"
         f"          {forwards:,} network evaluations to sample, {replays:,} to train"
-        f"{' (guidance doubles both)' if train.guidance_scale > 1 else ''}"
+        f"{' (true classifier-free guidance doubles both)' if train.guidance_scale > 1 else ''}"
     )
 
 
@@ -1025,6 +1110,10 @@ def _console_line(row):
     shown |= {key: value for key, value in row.items() if key.startswith("eval/")}
     values = "  ".join(f"{key} {value:.3g}" for key, value in shown.items())
     return f"epoch {row['epoch']:4d}  images {row['images']:7d}  {row['seconds']:6.0f} s  {values}"
+
+
+def _absolute(path):
+    return None if path is None else str(Path(path).resolve())
 
 
 def _plain(settings):

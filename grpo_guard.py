@@ -75,9 +75,11 @@ class TrainArgs:
     reweight: bool = True
     """Divide the loss of a step by its length h."""  # new in GRPO-Guard
     kl_type: Literal["v-based", "x-based"] = "v-based"
-    """The penalty: mean (v − v_ref)² or mean (mean − mean_ref)². They differ by (h (1 + a²/2))², step by step."""
+    """The penalty: mean (v − v_ref)² or mean (mean − mean_ref)². In Flow-SDE the second is (h (1 + a²/2))²
+    times the first (h² in the first step)."""
     kl_beta: float = 0.0
-    """Weight of the KL penalty; 0 keeps no copy of the base model."""
+    """Weight of the KL penalty; 0 keeps no copy of the base model. Flow-GRPO's own 0.04 weighs mean Δμ² / 2g², which on
+    SD3.5's schedule is 15000 (first step) to 3 times (ninth) smaller than the v-based penalty: tune it anew."""
     ref_param_device: Literal["same_as_model", "cpu"] = "same_as_model"
     """Where the base model's copy of the trained parameters waits."""
 
@@ -132,11 +134,11 @@ def check(args):
         refuse("train.train_steps", train.train_steps, f"needs different step indices from 0 to {last}")
     if train.num_train_steps is not None and not 1 <= train.num_train_steps <= len(steps):
         refuse("train.num_train_steps", train.num_train_steps, f"there are {len(steps)} candidate steps to draw from")
+    all_prompts = common.check_args(args)
     try:
-        rewards.check_rewards(args.reward)
+        rewards.check_rewards(args.reward, all_prompts)
     except ValueError as error:
         refuse("reward", args.reward, error)
-    common.check_args(args)
 
 
 def candidate_steps(train):
@@ -145,7 +147,7 @@ def candidate_steps(train):
 
 
 def drawn_steps(train, epoch):
-    """The stochastic, trained steps of an epoch: the same on every rank, for they come from (seed, epoch) alone."""
+    """The stochastic, trained steps of an epoch, decided by (seed, epoch) alone."""
     candidates = candidate_steps(train)
     rng = np.random.default_rng([train.seed, epoch])
     return sorted(rng.choice(candidates, train.num_train_steps or len(candidates), replace=False).tolist())
@@ -274,8 +276,8 @@ def main():
 
         # Training: each optimizer step over whole calls x trained steps
         order = np.random.default_rng([train.seed, epoch, 1])
-        passes = [order.permutation(calls_per_epoch) for _ in range(train.num_inner_epochs)]
-        for chunk in [chunk for one in passes for chunk in np.split(one, train.gradient_step_per_epoch)]:
+        passes = np.concatenate([order.permutation(calls_per_epoch) for _ in range(train.num_inner_epochs)])
+        for chunk in np.split(passes, train.num_inner_epochs * train.gradient_step_per_epoch):
             for i, k in common.progress(list(product(chunk, steps)), "training"):
                 if reference:
                     with torch.no_grad(), reference.loaded():
@@ -292,9 +294,7 @@ def main():
                     loss = loss + train.kl_beta * penalty
                     metrics.add(terms)
                 (loss / (len(chunk) * len(steps))).backward()
-            metrics.add({"grad_norm": torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)})
-            optimizer.step()
-            optimizer.zero_grad()
+            metrics.add({"grad_norm": common.step_optimizer(optimizer, parameters, train.max_grad_norm)})
             updates += 1
             if ema and updates % train.ema_update_interval == 0:
                 ema.update(min(train.ema_decay, (1 + updates) / (10 + updates)))
@@ -323,7 +323,7 @@ def first_step_contract(run, pipe, train, parameters, reference, rollouts, total
     with torch.no_grad():
         log_ratios = [replay(pipe, rollouts[0], k)[1].log_prob - old.log_prob for k, old in rollouts[0].steps.items()]
     log_ratio = torch.stack(log_ratios).abs().max().item()
-    run.contract("max |log ratio| before the first update", log_ratio, log_ratio == 0)
+    run.contract("max |log ratio| before the first update, first call", log_ratio, log_ratio == 0)
     if reference:
         # at the base model the penalty and its gradient are 0, so look from a little beside it
         beside = Snapshot(parameters)
@@ -341,9 +341,9 @@ def first_step_contract(run, pipe, train, parameters, reference, rollouts, total
     run.contract("images that share their noise with another", same, same == 0)
     difference = common.ode_difference(pipe, rollouts[0].call)
     run.contract("ODE rollout against the plain pipeline, max |difference|", difference, difference == 0)
-    groups = totals.reshape(-1, train.group_size)
-    run.contract("groups whose rewards are all equal (no signal)", int((groups.std(dim=1) == 0).sum()), True)
+    silent = int(common.silent_groups(totals, train.group_size).sum())
+    run.contract("groups whose rewards are all equal (no signal)", silent, True)
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

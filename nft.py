@@ -9,10 +9,12 @@ v⁻ = (1 + β) v_old − β v, weighted by 1 − r. What the policy learns from
     CPS            arXiv 2509.05952   --train.dynamics-type CPS --train.noise-level 0.8   (a sampler that explores more)
 
 Where the paper and the released code differ, this file follows the code: the loss is divided by β and multiplied by
-the clip range of the advantage, so that the first gradient is −2 A (v_target − v_old) whatever β is; the two x0 errors
-have their own weights; there may be a small KL to the base model, which Algorithm 1 lacks; advantages are divided by
-the std of all rewards. One thing is its own: a call of the pipeline is trained at one timestep at a time, all its
-images together, because a network's output can depend on its batch.
+the clip range of the advantage, so that the first gradient goes with −2 A (v_target − v_old) whatever β is; the two x0
+errors have their own weights; there may be a KL to the base model, which Algorithm 1 lacks; advantages are divided by
+the std of all rewards. Dividing each x0 error by its own size (--train.self-normalised) makes the pull towards v_target
+one of constant strength, like an L1 loss: it does not fade as v gets there. One thing is this file's own: a call of the
+pipeline is trained at one timestep at a time, all its images together, because a network's output can depend on its
+batch. Several updates per epoch matter: only away from v_old do the two losses pull back to it (docs/results.md).
 
     python nft.py                                         the embedded model, on the machine in front of you
     python nft.py --model stabilityai/stable-diffusion-3.5-medium --prompts prompts.txt --reward my_reward.py:f=1
@@ -143,11 +145,11 @@ def check(args):
         refuse("train.train_steps", train.train_steps, f"needs different step indices from 0 to {last}")
     if train.num_train_steps is not None and not 1 <= train.num_train_steps <= len(steps):
         refuse("train.num_train_steps", train.num_train_steps, f"there are {len(steps)} candidate steps to draw from")
+    all_prompts = common.check_args(args)
     try:
-        rewards.check_rewards(args.reward)
+        rewards.check_rewards(args.reward, all_prompts)
     except ValueError as error:
         refuse("reward", args.reward, error)
-    common.check_args(args)
 
 
 def candidate_steps(train):
@@ -156,7 +158,7 @@ def candidate_steps(train):
 
 
 def drawn_steps(train, epoch):
-    """The trained timesteps of an epoch: the same on every rank, for they come from (seed, epoch) alone."""
+    """The trained timesteps of an epoch, decided by (seed, epoch) alone."""
     candidates = candidate_steps(train)
     rng = np.random.default_rng([train.seed, epoch])
     return sorted(rng.choice(candidates, train.num_train_steps or len(candidates), replace=False).tolist())
@@ -280,17 +282,16 @@ def main():
 
         # Training: each optimizer step over whole calls x trained timesteps, on the images with fresh noise
         order = np.random.default_rng([train.seed, epoch, 1])
-        passes = [order.permutation(calls_per_epoch) for _ in range(train.num_inner_epochs)]
-        for number, chunk in enumerate(c for one in passes for c in np.split(one, train.gradient_step_per_epoch)):
+        passes = np.concatenate([order.permutation(calls_per_epoch) for _ in range(train.num_inner_epochs)])
+        for number, chunk in enumerate(np.split(passes, train.num_inner_epochs * train.gradient_step_per_epoch)):
             for i, k in common.progress(list(product(chunk, steps)), "training"):
                 x0, sigma = rollouts[i].x0, rollouts[i].sigmas[k].item()
                 x_t = noised(x0, sigma, generators(*((train.seed, epoch, g, m, 2, number, k) for g, m in batches[i])))
-                with torch.no_grad():
-                    with old.loaded():
-                        v_old, _ = replay(pipe, rollouts[i], k, x_t)
-                    if reference:
-                        with reference.loaded():
-                            v_ref, _ = replay(pipe, rollouts[i], k, x_t)
+                with torch.no_grad(), old.loaded():
+                    v_old, _ = replay(pipe, rollouts[i], k, x_t)
+                if reference:
+                    with torch.no_grad(), reference.loaded():
+                        v_ref, _ = replay(pipe, rollouts[i], k, x_t)
                 v, _ = replay(pipe, rollouts[i], k, x_t)
                 loss, terms = nft_loss(
                     v, v_old, x_t, x0, sigma, advantages[i], train.nft_beta, train.adv_clip_range, train.self_normalised
@@ -301,9 +302,7 @@ def main():
                     loss = loss + train.kl_beta * penalty
                     metrics.add({"v_ref_distance": penalty})
                 (loss / (len(chunk) * len(steps))).backward()
-            metrics.add({"grad_norm": torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)})
-            optimizer.step()
-            optimizer.zero_grad()
+            metrics.add({"grad_norm": common.step_optimizer(optimizer, parameters, train.max_grad_norm)})
             updates += 1
             if ema and updates % train.ema_update_interval == 0:
                 ema.update(min(train.ema_decay, (1 + updates) / (10 + updates)))
@@ -345,9 +344,9 @@ def first_step_contract(run, pipe, train, parameters, old, reference, rollouts, 
     run.contract("images that share their noise with another", same, same == 0)
     difference = common.ode_difference(pipe, rollouts[0].call)
     run.contract("ODE rollout against the plain pipeline, max |difference|", difference, difference == 0)
-    groups = totals.reshape(-1, train.group_size)
-    run.contract("groups whose rewards are all equal (no signal)", int((groups.std(dim=1) == 0).sum()), True)
+    silent = int(common.silent_groups(totals, train.group_size).sum())
+    run.contract("groups whose rewards are all equal (no signal)", silent, True)
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

@@ -6,8 +6,11 @@ the function anywhere and name it: `--reward my_rewards.py:brightness=1`.
 """
 
 import difflib
+import functools
 import importlib.util
 import io
+import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -59,30 +62,39 @@ def find_reward(name):
     if name in REWARDS:
         return REWARDS[name]
     path, colon, function = name.rpartition(":")
-    if not colon:
+    if not path.endswith(".py"):
         near = difflib.get_close_matches(name, REWARDS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"no reward {name!r}; {hint}known: {', '.join(REWARDS)}, or your own as file.py:function")
-    file = Path(path if path.endswith(".py") else f"{path.replace('.', '/')}.py")
-    if not file.is_file():
-        raise ValueError(f"reward {name!r}: there is no file {file}")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"reward {name!r}: {file} does not load: {type(error).__name__}: {error}") from error
+    if not Path(path).is_file():
+        raise ValueError(f"reward {name!r}: there is no file {path}")
+    module = _load(Path(path).resolve())
     if not callable(getattr(module, function, None)):
-        raise ValueError(f"reward {name!r}: {file} has no function {function}")
+        raise ValueError(f"reward {name!r}: {path} has no function {function}")
     return lambda device: getattr(module, function)
 
 
-def check_rewards(weights):
-    """Raise ValueError, saying what would do, unless {"name": weight} names rewards that exist. Loads no model."""
+@functools.cache
+def _load(path):
+    """A user's file as a module; loaded once."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{path} does not load: {type(error).__name__}: {error}") from error
+    return module
+
+
+def check_rewards(weights, prompts=()):
+    """Raise ValueError, saying what would do, unless {"name": weight} names rewards that can score the prompts."""
     if not weights:
         raise ValueError(f"name at least one; known: {', '.join(REWARDS)}, or your own as file.py:function")
     for name in weights:
         find_reward(name)
+    for prompt in prompts if "shapes" in weights else ():
+        world.parse(prompt)
 
 
 def make_reward(weights, device):
@@ -97,17 +109,28 @@ def make_reward(weights, device):
 
     @torch.no_grad()
     def reward(images, prompts):
-        values = {name: _checked(name, fn(images, list(prompts)), images) for name, fn in functions.items()}
+        values = {name: _checked(name, fn, images, list(prompts)) for name, fn in functions.items()}
         return values | {"total": sum(weights[name] * value for name, value in values.items())}
 
     return reward
 
 
-def _checked(name, value, images):
-    value = torch.as_tensor(value, dtype=torch.float32, device=images.device)
+class RewardError(SystemExit, ValueError):
+    """A reward that fails ends the run with one line that names it."""
+
+    def __init__(self, name, what):
+        super().__init__(f"error: reward {name!r} {what}")
+
+
+def _checked(name, function, images, prompts):
+    try:
+        value = torch.as_tensor(function(images, prompts), dtype=torch.float32, device=images.device)
+    except Exception as error:
+        traceback.print_exc()  # the user's own code: show where
+        raise RewardError(name, f"failed: {type(error).__name__}: {error}") from error
     if value.shape != (len(images),):
-        raise ValueError(f"reward {name!r} returned shape {tuple(value.shape)} for {len(images)} images")
+        raise RewardError(name, f"returned shape {tuple(value.shape)} for {len(images)} images")
     if not value.isfinite().all():
         bad = int((~value.isfinite()).nonzero()[0])
-        raise ValueError(f"reward {name!r} returned {value[bad].item()} for image {bad}")
+        raise RewardError(name, f"returned {value[bad].item()} for image {bad}")
     return value

@@ -237,11 +237,15 @@ def _check(images: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
         label, last = spread(label) * solid, label
         if torch.equal(label, last):
             break
-    label = label.long() + torch.arange(B, device=device)[:, None, None] * (H * W + 1) * solid  # distinct in the batch
-    sizes = torch.bincount(label.flatten(), minlength=B * (H * W + 1))
+    first = torch.arange(B, device=device)[:, None, None] * (H * W + 1)  # makes labels distinct in the batch
+    distinct = label.long() + first * solid
+    sizes = torch.bincount(distinct.flatten(), minlength=B * (H * W + 1))
     sizes[0] = 0
-    label = label * (sizes[label] >= SPECK * H * W)
-    owner = torch.where(label > 0, label, spread(label.float()).long())  # objects with their soft rim of one pixel
+    large = sizes[distinct] >= SPECK * H * W
+    label = label * large
+    owner = torch.where(label > 0, label, spread(label)).long()  # objects with their soft rim of one pixel
+    owner = owner + first * (owner > 0)
+    label = distinct * large
     stray = ((brightness > BRIGHT**2) & (owner == 0)).sum((1, 2))
     right = stray <= STRAY * H * W
 

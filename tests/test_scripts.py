@@ -1,7 +1,9 @@
 """The scripts as a user meets them: short runs, the run folder, and every refusal."""
 
 import functools
+import importlib
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +41,7 @@ def test_a_run_from_the_shell(tmp_path, prompt_files):
     argv += ["--reward", "shapes=1", "jpeg_compressibility=0.1"]
     done = subprocess.run([sys.executable, ROOT / "grpo.py", *argv], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "max |log ratio| before the first update: 0\n" in done.stdout
+    assert "max |log ratio| before the first update, first call: 0\n" in done.stdout
     assert "KL gradient" in done.stdout and "BROKEN" not in done.stdout
     folder = tmp_path / "run"
     assert (folder / "log.txt").read_text() == done.stdout
@@ -91,6 +93,13 @@ def test_the_rows_follow_the_rewards(run):
     last = {key: float(value) for key, value in rows[-1].items() if value}
     total = 2 * last["eval/shapes"] + 0.5 * last["eval/jpeg_incompressibility"]
     assert last["eval/total"] == pytest.approx(total, rel=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(run, monkeypatch):
+    loss = grpo.grpo_loss
+    monkeypatch.setattr(grpo, "grpo_loss", lambda *a: (loss(*a)[0] * float("nan"), {}))
+    with pytest.raises(SystemExit, match="the gradient is nan"):
+        run()
 
 
 def test_one_update_per_epoch_is_on_policy(run):
@@ -155,7 +164,19 @@ REFUSALS = [
     ("--train.gradient-step-per-epoch 3", "train.gradient_step_per_epoch = 3", "one of [1, 2]"),
     ("--train.resolution 33", "train.resolution = 33", "multiples of 8"),
     ("--eval.resolution 32 4096", "eval.resolution = (32, 4096)", "at most"),
-    ("--train.learning-rate -1", "train.learning_rate = -1.0", "negative"),
+    ("--train.learning-rate -1", "train.learning_rate = -1.0", "at least 0"),
+    ("--train.learning-rate nan", "train.learning_rate = nan", "finite"),
+    ("--train.num-inner-epochs 0", "train.num_inner_epochs = 0", "at least 1"),
+    ("--train.clip-range 0", "train.clip_range = 0.0", "above 0"),
+    ("--train.ema-update-interval 0", "train.ema_update_interval = 0", "at least 1"),
+    ("--train.seed -1", "train.seed = -1", "at least 0"),
+    ("--train.adam-betas 0.9 1", "train.adam_betas = (0.9, 1.0)", "below 1"),
+    ("--lora-rank 0", "lora_rank = 0", "at least 1"),
+    ("--call height=64", "call = 'height=64'", "set by the script"),
+    ("--call max_sequence_lenght=1", "call = 'max_sequence_lenght'", "did you mean max_sequence_length?"),
+    ("--run-name a/b", "run_name = 'a/b'", "without a path"),
+    ("--reward shapes=nan", "reward shapes = nan", "finite"),
+    ("--reward shapes=1 shapes=2", "shapes", "given twice"),
     ("--eval.eval-freq 0", "eval.eval_freq = 0", "at least 1"),
     ("--reward shape=1", "reward", "did you mean shapes?"),
     ("--reward nowhere.py:f=1", "reward", "there is no file nowhere.py"),
@@ -191,10 +212,12 @@ def test_refusal_from_the_shell(tmp_path):
     [
         ("train: {kl_betta: 0.1}", "train.kl_betta", "did you mean train.kl_beta?"),
         ("modell: x", "modell", "did you mean model?"),
-        ("train: {trainer_type: nft}", "trainer_type = 'nft'", "another script"),
+        ("train: {trainer_type: nft}", "trainer_type = 'nft'", "nft.py"),
         ("train: 3", "train = 3", "mapping"),
         ("train: {group_size: many}", "--train.group-size", "many"),
         ("- 1", "--config", "no mapping"),
+        ("trainers: 3", "--config", "no mapping"),
+        ("trainers: {grpo: 3}", "--config", "no mapping"),
         ("a: [", "--config", "not a YAML file"),
     ],
 )
@@ -207,6 +230,22 @@ def test_refusals_of_a_yaml(refused, tmp_path, text, what, remedy):
 def test_an_empty_prompt_file_is_refused(refused, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     assert "holds no prompt" in refused("--prompts", tmp_path / "empty.txt")
+
+
+def test_prompts_that_a_reward_cannot_score_are_refused(refused, tmp_path):
+    (tmp_path / "other.txt").write_text("a red circle\nan astronaut on a horse\n")
+    message = refused("--prompts", tmp_path / "other.txt", "--reward", "shapes=1")
+    assert "'an astronaut on a horse' is outside the grammar" in message
+
+
+def test_a_refusal_names_the_file_that_set_the_value(refused, tmp_path):
+    (tmp_path / "c.yaml").write_text("train: {max_grad_norm: -1}")
+    assert f"train.max_grad_norm = -1.0 (from {tmp_path}/c.yaml)" in refused("--config", tmp_path / "c.yaml")
+
+
+def test_several_processes_are_refused(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "one process" in refused()
 
 
 def test_an_existing_run_is_refused(refused, tmp_path):
@@ -306,6 +345,27 @@ def test_a_wrong_reward_is_named(tmp_path, body, complaint):
     assert "mine.py:bad" in str(error.value)
 
 
+def test_a_reward_that_raises_is_named(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def bad(images, prompts):\n    return images[99]\n")
+    with pytest.raises(SystemExit, match="mine.py:bad' failed: IndexError"):
+        rewards.make_reward({f"{tmp_path}/mine.py:bad": 1.0}, "cpu")(torch.rand(3, 3, 8, 8), ["a"] * 3)
+    assert "return images[99]" in capsys.readouterr().err
+
+
+def test_a_reward_file_is_loaded_once(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nprint('loaded')\n"
+        "@dataclass\nclass A:\n    b: int\ndef one(i, p):\n    return i.mean((1, 2, 3))\n"
+        "def two(i, p):\n    return one(i, p)\n"
+    )
+    reward = rewards.make_reward({f"{tmp_path}/mine.py:one": 1.0, f"{tmp_path}/mine.py:two": 1.0}, "cpu")
+    assert reward(torch.ones(2, 3, 8, 8), ["a"] * 2)["total"].tolist() == [2, 2]
+    assert (
+        rewards.find_reward(f"{tmp_path}/mine.py:one")("cpu").__globals__
+        is rewards.find_reward(f"{tmp_path}/mine.py:two")("cpu").__globals__
+    )
+
+
 def test_jpeg_rewards():
     flat, noisy = torch.full((1, 3, 32, 32), 0.5), torch.rand(1, 3, 32, 32)
     reward = rewards.make_reward({"jpeg_compressibility": 1.0, "jpeg_incompressibility": 3.0}, "cpu")
@@ -343,3 +403,32 @@ def test_snapshots_swap_and_return():
 def test_components_absent_from_the_index_are_passed_as_none():
     assert DiffusionPipeline.load_config(common.RunArgs.model)["text_encoder_3"] == [None, None]
     assert common.load_pipeline(common.RunArgs.model, "cpu", torch.float32).text_encoder_3 is None
+
+
+# The README
+
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text()
+    return [line for line in text.splitlines() if line.startswith("python ") and "--" in line and "pytest" not in line]
+
+
+def test_the_readme_has_commands():
+    assert len(readme_commands()) > 8
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_commands_of_the_readme(tmp_path, monkeypatch, command):
+    for name in ("prompts.txt", "my_rewards.py"):
+        (tmp_path / name).write_text("def brightness(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
+    _, script, *argv = shlex.split(command, comments=True)
+    script = importlib.import_module(script.removesuffix(".py"))
+    monkeypatch.chdir(tmp_path)
+    if "/" in command.partition("--model")[2]:
+        monkeypatch.setattr(common, "check_model", lambda args: None)  # it would ask the hub
+    if "--help" in argv:
+        with pytest.raises(SystemExit) as exit:
+            common.parse_args(script.Args, "", argv)
+        assert exit.value.code == 0
+    else:
+        script.check(common.parse_args(script.Args, "", argv)[0])
