@@ -764,14 +764,15 @@ def shared_noise(rollouts, group_size, same_init_noise):
 
     With same_init_noise the start is shared on purpose and not looked at.
     """
-    drawn = {} if same_init_noise else {-1: [tape.noise for tape in rollouts]}
+    drawn = {} if same_init_noise else {-1: [tape.noise.flatten(1)[:, :64] for tape in rollouts]}
     for k in rollouts[0].steps:
-        steps = [tape.steps[k] for tape in rollouts]
-        some = [(t.flatten(1)[:, :64].float() for t in (taken.x_next, taken.mean)) for taken in steps]
-        drawn[k] = [(x_next - mean) / taken.std.flatten() for (x_next, mean), taken in zip(some, steps, strict=True)]
+        drawn[k] = []
+        for taken in (tape.steps[k] for tape in rollouts):
+            x_next, mean = (t.flatten(1)[:, :64].float() for t in (taken.x_next, taken.mean))
+            drawn[k].append((x_next - mean) / taken.std.to(mean).reshape(-1, 1))
     shared = 0
     for noise in drawn.values():
-        noise = torch.cat(noise).flatten(1)[:, :64].float()
+        noise = torch.cat(noise).float()
         groups = noise.reshape(-1, group_size, noise.shape[1])
         apart = (groups[:, :, None] - groups[:, None]).abs().amax(dim=3)  # noise of two images differs by about 3
         apart.diagonal(dim1=1, dim2=2).fill_(torch.inf)
