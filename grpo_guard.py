@@ -249,7 +249,7 @@ def main():
         chosen = common.epoch_prompts(prompts, train.unique_sample_num_per_epoch, train.seed, epoch)
         images = [(group, member) for group in range(len(chosen)) for member in range(train.group_size)]
         rollouts, totals = [], []
-        for batch in common.progress(common.batches(images, train.per_device_batch_size), "sampling"):
+        for batch in common.progress(common.batches(images, train.per_device_batch_size), "sampling and rewards"):
             first = [(train.seed, epoch, g, 0 if train.same_init_noise else m, 0) for g, m in batch]
             later = [(train.seed, epoch, g, m, 1) for g, m in batch]
             call = dict(

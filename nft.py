@@ -256,7 +256,7 @@ def main():
         images = [(group, member) for group in range(len(chosen)) for member in range(train.group_size)]
         batches = common.batches(images, train.per_device_batch_size)
         rollouts, totals = [], []
-        for batch in common.progress(batches, "sampling"):
+        for batch in common.progress(batches, "sampling and rewards"):
             first, later = ([(train.seed, epoch, g, m, part) for g, m in batch] for part in (0, 1))
             call = dict(
                 prompt=[chosen[g] for g, _ in batch],
