@@ -251,9 +251,8 @@ def test_only_rectified_flows_are_accepted(scheduler, more, reason, tmp_path, ca
     config.write_text(json.dumps(json.loads(config.read_text()) | more))
     index = {"_class_name": "SanaPipeline", "scheduler": ["diffusers", type(scheduler).__name__]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    args = SimpleNamespace(
-        model=str(tmp_path), train=SimpleNamespace(resolution=64), eval=SimpleNamespace(resolution=64)
-    )
+    side = SimpleNamespace(resolution=64)
+    args = SimpleNamespace(model=str(tmp_path), call={}, train=side, eval=side)
     if reason is None:
         return common.check_model(args)
     with pytest.raises(SystemExit) as exit:
