@@ -355,7 +355,8 @@ def check_model(args):
         refuse("model", args.model, f"its {scheduler} has no configuration ({str(error).splitlines()[0]})")
     if reason := no_rectified_flow(scheduler, config):
         refuse("model", args.model, reason)
-    pipeline = getattr(diffusers, str(index.get("_class_name")), None)
+    with _quiet():
+        pipeline = getattr(diffusers, str(index.get("_class_name")), None)
     if pipeline is not None:
         takes = inspect.signature(pipeline.__call__).parameters
         for key in args.call:

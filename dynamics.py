@@ -82,7 +82,7 @@ def step(
         kept = sigma_next * math.cos(noise_level * math.pi / 2)  # √(σ'² − τ²)
         mean = (1 - sigma_next) * (x - sigma * v) + kept * (x + (1 - sigma) * v)
     else:
-        if dynamics_type == "Flow-SDE":  # arXiv 2505.05470, eq. 9: g = a √(σ / (1 − σ))
+        if dynamics_type == "Flow-SDE":  # arXiv 2505.05470: g = a √(σ / (1 − σ))
             g = noise_level * torch.sqrt(sigma / (1 - torch.minimum(sigma, sigma_second)))
         elif dynamics_type == "Dance-SDE":  # arXiv 2505.07818: g = η
             g = noise_level * torch.ones_like(sigma)

@@ -55,7 +55,7 @@ class TrainArgs:
     resolution: Resolution = 512
     """Pixels in training: one side of a square, or height and width."""
     num_inference_steps: int = 10
-    """Sampling steps T in training; far fewer than for evaluation will do (Flow-GRPO, section 4.2)."""
+    """Sampling steps T in training; far fewer than for evaluation will do (Flow-GRPO)."""
     guidance_scale: float = 4.5
     """Classifier-free guidance in sampling and in training alike; 1 is none."""
     same_init_noise: bool = False
@@ -193,7 +193,7 @@ def group_advantages(rewards, group_size, global_std=False):
 
 
 def grpo_loss(log_prob, old_log_prob, advantages, clip_range, adv_clip_range):
-    """PPO's clipped objective, Flow-GRPO eq. 5, as a loss: mean max(−A r, −A clip(r, 1 − c, 1 + c)).
+    """PPO's clipped objective as a loss: mean max(−A r, −A clip(r, 1 − c, 1 + c)).
 
     log_prob, old_log_prob, advantages: (B,). Returns (loss, metrics).
     """
@@ -261,21 +261,21 @@ def main():
         images = [(group, member) for group in range(len(chosen)) for member in range(train.group_size)]
         rollouts, totals = [], []
         for batch in common.progress(common.batches(images, train.per_device_batch_size), "sampling and rewards"):
-            first = [(train.seed, epoch, g, 0 if train.same_init_noise else m, 0) for g, m in batch]
-            later = [(train.seed, epoch, g, m, 1) for g, m in batch]
+            start_seeds = [(train.seed, epoch, g, 0 if train.same_init_noise else m, 0) for g, m in batch]
+            step_seeds = [(train.seed, epoch, g, m, 1) for g, m in batch]
             call = dict(
                 prompt=[chosen[g] for g, _ in batch],
                 height=height,
                 width=width,
                 num_inference_steps=train.num_inference_steps,
                 guidance_scale=train.guidance_scale,
-                generator=generators(*first),
+                generator=generators(*start_seeds),
                 **args.call,
             )
-            taken = rollout(pipe, call, train.dynamics_type, train.noise_level, steps, generators(*later))
-            scores = reward(taken.images, call["prompt"])
+            tape = rollout(pipe, call, train.dynamics_type, train.noise_level, steps, generators(*step_seeds))
+            scores = reward(tape.images, call["prompt"])
             metrics.add({f"reward/{name}": value.mean() for name, value in scores.items()})
-            rollouts.append(taken)
+            rollouts.append(tape)
             totals.append(scores["total"])
         totals = torch.cat(totals)
         advantages = group_advantages(totals, train.group_size, train.global_std)
@@ -294,8 +294,10 @@ def main():
                     with torch.no_grad(), reference.loaded():
                         ref_velocity, ref_step = replay(pipe, rollouts[i], k)
                 velocity, step = replay(pipe, rollouts[i], k)
-                taken, clips = rollouts[i].steps[k], (train.clip_range, train.adv_clip_range)
-                policy_loss, terms = grpo_loss(step.log_prob, taken.log_prob, advantages[i], *clips)
+                taken = rollouts[i].steps[k]
+                policy_loss, terms = grpo_loss(
+                    step.log_prob, taken.log_prob, advantages[i], train.clip_range, train.adv_clip_range
+                )
                 loss = weights[k] * policy_loss
                 metrics.add(terms)
                 if reference:

@@ -82,7 +82,7 @@ class TrainArgs:
     global_std: bool = True
     """Divide advantages by the standard deviation of all rewards of the epoch instead of the group's."""
     self_normalised: bool = True
-    """Divide each squared x0 error by its own mean absolute error, without a gradient (the paper, section 3.3)."""
+    """Divide each squared x0 error by its own mean absolute error, without a gradient, as the paper does."""
     kl_type: Literal["v-based", "x-based"] = "v-based"
     """The penalty mean (v − v_ref)². There are no transition means here, so x-based is refused."""
     kl_beta: float = 1e-4
@@ -185,7 +185,7 @@ def group_advantages(rewards, group_size, global_std=True):
 
 
 def nft_loss(v, v_old, x_t, x0, sigma, advantages, nft_beta, adv_clip_range, self_normalised=True):
-    """The two weighted flow-matching losses of the paper's equation 5, as regressions of x0.
+    """The two weighted flow-matching losses of the paper's objective, as regressions of x0.
 
     v, v_old, x_t, x0: (B, ...); x_t = (1 − sigma) x0 + sigma noise; sigma: a float or (B,); advantages: (B,).
     Returns (loss, metrics).
@@ -257,21 +257,21 @@ def main():
         batches = common.batches(images, train.per_device_batch_size)
         rollouts, totals = [], []
         for batch in common.progress(batches, "sampling and rewards"):
-            first, later = ([(train.seed, epoch, g, m, part) for g, m in batch] for part in (0, 1))
+            start_seeds, step_seeds = ([(train.seed, epoch, g, m, part) for g, m in batch] for part in (0, 1))
             call = dict(
                 prompt=[chosen[g] for g, _ in batch],
                 height=height,
                 width=width,
                 num_inference_steps=train.num_inference_steps,
                 guidance_scale=train.guidance_scale,
-                generator=generators(*first),
+                generator=generators(*start_seeds),
                 **args.call,
             )
             with old.loaded():
-                taken = rollout(pipe, call, train.dynamics_type, train.noise_level, noisy_steps, generators(*later))
-            scores = reward(taken.images, call["prompt"])
+                tape = rollout(pipe, call, train.dynamics_type, train.noise_level, noisy_steps, generators(*step_seeds))
+            scores = reward(tape.images, call["prompt"])
             metrics.add({f"reward/{name}": value.mean() for name, value in scores.items()})
-            rollouts.append(taken)
+            rollouts.append(tape)
             totals.append(scores["total"])
         totals = torch.cat(totals)
         advantages = group_advantages(totals, train.group_size, train.global_std)
