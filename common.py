@@ -484,7 +484,7 @@ _EvenFlowMatching.__module__ = FlowMatchEulerDiscreteScheduler.__module__
 def trainable_parameters(pipe, args, seed):
     """Make the denoiser's adapters (or all of it) trainable, in float32. Returns {name: parameter}."""
     torch.manual_seed(seed)  # of the adapters' initial values
-    for denoiser in denoisers(pipe):
+    for denoiser in denoisers(pipe).values():
         if args.finetune_type == "full":
             denoiser.requires_grad_(True)
         elif not hasattr(denoiser, "add_adapter"):
@@ -500,8 +500,7 @@ def trainable_parameters(pipe, args, seed):
                 refuse("target_modules", args.target_modules, str(error).splitlines()[0])
         if args.train.enable_gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
-    trained = {name: module for name, module in pipe.components.items() if module in denoisers(pipe)}
-    named = {f"{name}.{key}": p for name, module in trained.items() for key, p in module.named_parameters()}
+    named = {f"{name}.{key}": p for name, module in denoisers(pipe).items() for key, p in module.named_parameters()}
     named = {name: p for name, p in named.items() if p.requires_grad}
     for parameter in named.values():
         parameter.data = parameter.data.float()
@@ -509,8 +508,8 @@ def trainable_parameters(pipe, args, seed):
 
 
 def denoisers(pipe):
-    """The networks that predict the velocity; some pipelines have two, for high and for low noise."""
-    return [m for name, m in pipe.components.items() if name.startswith("transformer") and m is not None]
+    """{name: network} of those that predict the velocity; some pipelines have two, for high and for low noise."""
+    return {name: m for name, m in pipe.components.items() if name.startswith("transformer") and m is not None}
 
 
 def _modules(pipe):
@@ -520,7 +519,7 @@ def _modules(pipe):
 def autocast(pipe):
     """The arithmetic of the pipeline: autocast where float32 parameters are trained in a half-precision model."""
     half = {p.dtype for m in _modules(pipe) for p in m.parameters()} & {torch.bfloat16, torch.float16}
-    full = any(p.requires_grad and p.dtype == torch.float32 for m in denoisers(pipe) for p in m.parameters())
+    full = any(p.requires_grad and p.dtype == torch.float32 for m in denoisers(pipe).values() for p in m.parameters())
     return torch.autocast(pipe.device.type, dtype=half.pop()) if half and full else nullcontext()
 
 
@@ -577,8 +576,8 @@ def rollout(pipe, call, dynamics_type, noise_level, sde_steps, generator=None) -
     whole = any(isinstance(component, diffusers.guiders.BaseGuidance) for component in pipe.components.values())
     recorder = _Recorder(tape, sde_steps, generator, whole)
     with torch.no_grad(), autocast(pipe), _taped(pipe, recorder):
-        recorder.tape.images = pipe(**_copy(call))[0]
-    return recorder.tape
+        tape.images = pipe(**_copy(call))[0]
+    return tape
 
 
 def replay(pipe, rollout, k, x=None):
@@ -730,7 +729,7 @@ def _taped(pipe, listener):
             if name.startswith(("encode_", "prepare_", "generate_")) and callable(getattr(pipe, name)):
                 setattr(pipe, name, functools.partial(listener.method, name, getattr(pipe, name)))
                 stack.callback(delattr, pipe, name)
-        kinds = [(denoiser, _listening) for denoiser in denoisers(pipe)] + [(pipe.scheduler, _stepping)]
+        kinds = [(denoiser, _listening) for denoiser in denoisers(pipe).values()] + [(pipe.scheduler, _stepping)]
         for component, kind in kinds:
             stack.callback(setattr, component, "__class__", type(component))
             component.__class__ = kind(type(component))
@@ -971,7 +970,7 @@ class RunError(SystemExit):
 
 
 def start(main):
-    """Run a script; an interrupt or a failing reward ends it with a line instead of a traceback."""
+    """Run a script; an interrupt ends it with a line instead of a traceback."""
     try:
         main()
     except KeyboardInterrupt:
@@ -1069,7 +1068,7 @@ class Run:
 
     def save_weights(self, pipe):
         """The trained weights in diffusers' own format: lora/ (with its alpha), or the denoiser's own folder."""
-        trained = {name: module for name, module in pipe.components.items() if module in denoisers(pipe)}
+        trained = denoisers(pipe)
         if self.args.finetune_type == "full":
             for name, module in trained.items():
                 module.save_pretrained(self.folder / name)

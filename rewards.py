@@ -57,11 +57,11 @@ REWARDS = {
 def find_reward(name):
     """The factory of a reward: a name in REWARDS, or `file.py:function` for a user's own function.
 
-    Raises ValueError, saying what would do, where there is none. Loads no model.
+    Raises ValueError, saying what would do, where there is none. Runs a user's file, once.
     """
     if name in REWARDS:
         return REWARDS[name]
-    path, colon, function = name.rpartition(":")
+    path, _, function = name.rpartition(":")
     if not path.endswith(".py"):
         near = difflib.get_close_matches(name, REWARDS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""

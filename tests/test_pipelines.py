@@ -23,7 +23,7 @@ def lora(pipe, targets="all-linear", rank=4, alpha=6):
     """Adapters on the denoisers, float32, with a B that is not zero."""
     generator = torch.Generator().manual_seed(2)
     parameters = []
-    for denoiser in common.denoisers(pipe):
+    for denoiser in common.denoisers(pipe).values():
         config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
         if hasattr(denoiser, "add_adapter"):
             denoiser.add_adapter(config)
@@ -59,7 +59,7 @@ def taped(family, dtype):
 
 def traces(pipe):
     """What a rollout or a replay could leave behind on a pipeline."""
-    denoisers = common.denoisers(pipe)
+    denoisers = common.denoisers(pipe).values()
     return {
         "scheduler": pipe.scheduler,
         "scheduler class": type(pipe.scheduler),
@@ -169,7 +169,7 @@ def test_default_targets(family):
             common.trainable_parameters(pipe, args, seed=0)
         pipe, args = fresh(family)[0], settings(target_modules=("all-linear",))
     parameters = common.trainable_parameters(pipe, args, seed=0)
-    trained = [p for denoiser in common.denoisers(pipe) for p in denoiser.parameters() if p.requires_grad]
+    trained = [p for denoiser in common.denoisers(pipe).values() for p in denoiser.parameters() if p.requires_grad]
     assert len(parameters) == len(trained) > 0
     assert all(p.dtype == torch.float32 for p in trained)
 
