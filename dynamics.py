@@ -64,7 +64,7 @@ def step(
         Left out, it is sigma_next wherever sigma is 1.
     x_next: (B, ...) the step that was taken; drawn if None, and then rounded to x's dtype before it is scored, so
         that what is stored is what was scored.
-    generator: a torch.Generator, or a list of B of them, one per sample.
+    generator: a torch.Generator, or a list of B of them on the CPU, one per sample.
 
     Raises ValueError for an unknown dynamics_type.
     """
@@ -124,6 +124,7 @@ def _like(sigma, x):
 def _randn(x, generator):
     """Standard normal noise of x's shape. One generator per sample makes a sample's noise independent of its batch."""
     if isinstance(generator, list):
-        return torch.stack([_randn(row, g) for row, g in zip(x, generator, strict=True)])
+        noise = [torch.randn(row.shape, generator=g, dtype=x.dtype) for row, g in zip(x, generator, strict=True)]
+        return torch.stack(noise).to(x.device)  # one copy: many would each wait for the device
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
