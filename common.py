@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,13 +32,15 @@ import diffusers
 import numpy as np
 import peft
 import torch
+import torch._inductor.config
 import transformers
 import tyro
 import yaml
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from PIL import Image, ImageDraw
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from tqdm import tqdm
 
 import dynamics
@@ -122,6 +125,14 @@ class RunArgs:
     """Of the frozen weights and the arithmetic. Trained parameters are always float32."""
     device: str = "auto"
     """A torch device; auto takes the GPU if there is one."""
+    compile: bool = False
+    """Compile the denoiser's repeated blocks: a minute at the start, then about twice as fast on a GPU."""
+    offload: bool = False
+    """Keep text encoders and VAE on the CPU, each on the device only while it works."""
+    vae_tiling: bool = False
+    """Decode large images in overlapping tiles: less memory, and faint seams."""
+    vae_slicing: bool = False
+    """Decode the images of a call one by one: less memory, the same images."""
     cpu_threads: Optional[int] = None
     """Threads of torch on the CPU; None leaves the choice to torch. Another number can change the last digits."""
     prompts: Optional[str] = None
@@ -426,20 +437,64 @@ def pick_device(args):
     return device
 
 
-def load_pipeline(model, device, dtype) -> DiffusionPipeline:
+def make_pipeline(args, device):
+    """The pipeline that the arguments ask for: its model, its dtype, and where its memory goes."""
+    pipe = load_pipeline(args.model, device, getattr(torch, args.dtype), args.offload)
+    for key, method in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
+        if getattr(args, key):
+            if not hasattr(getattr(pipe, "vae", None), method):
+                refuse(key, True, f"the VAE of {type(pipe).__name__} cannot do that; leave it out")
+            getattr(pipe.vae, method)()
+    return pipe
+
+
+def load_pipeline(model, device, dtype, offload=False) -> DiffusionPipeline:
     """Load a diffusers folder or hub id, frozen, on a device and in a dtype.
 
     Components that model_index.json holds as null are passed as None, the idiom by which SD3's T5 is left out.
+    offload: text encoders and VAE stay on the CPU and visit the device.
     """
     index = DiffusionPipeline.load_config(model)
     absent = {name: None for name, spec in index.items() if isinstance(spec, (list, tuple)) and spec[0] is None}
     with _quiet():
-        pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, **absent).to(device)
+        pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, **absent)
+    if offload:
+        let_visit(pipe, device)
+    else:
+        pipe.to(device)
     use_flow_matching(pipe)
     pipe.set_progress_bar_config(disable=True)
     for module in _modules(pipe):
         module.requires_grad_(False)
     return pipe
+
+
+def let_visit(pipe, device):
+    """Put the denoisers on the device; all other networks stay on the CPU and visit it while they work."""
+    guests = []
+    for name, module in pipe.components.items():
+        if name in denoisers(pipe):
+            module.to(device)
+        elif isinstance(module, torch.nn.Module):
+            add_hook_to_module(module, _Visit(device))
+            guests.append(module)
+    # diffusers calls this at the end of a pipeline; a VAE's decode() has no other end
+    pipe.maybe_free_model_hooks = lambda: [module.to("cpu") for module in guests]
+
+
+class _Visit(ModelHook):
+    """Moves a network to the device before it works and back to the CPU afterwards."""
+
+    def __init__(self, device):
+        self.execution_device = device
+
+    def pre_forward(self, module, *args, **kwargs):
+        module.to(self.execution_device)
+        return args, kwargs
+
+    def post_forward(self, module, output):
+        module.to("cpu")
+        return output
 
 
 def use_flow_matching(pipe):
@@ -500,11 +555,25 @@ def trainable_parameters(pipe, args, seed):
                 refuse("target_modules", args.target_modules, str(error).splitlines()[0])
         if args.train.enable_gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
+        if args.compile:
+            compile_blocks(denoiser)
     named = {f"{name}.{key}": p for name, module in denoisers(pipe).items() for key, p in module.named_parameters()}
     named = {name: p for name, p in named.items() if p.requires_grad}
     for parameter in named.values():
         parameter.data = parameter.data.float()
     return named
+
+
+def compile_blocks(denoiser):
+    """Compile the blocks that a transformer repeats; those of one kind share their code."""
+    kinds = getattr(denoiser, "_repeated_blocks", None) or getattr(denoiser, "_no_split_modules", None) or ()
+    blocks = [module for module in denoiser.modules() if type(module).__name__ in kinds]
+    if not blocks:
+        refuse("compile", True, f"diffusers does not say which blocks {type(denoiser).__name__} repeats; leave it out")
+    # round where eager rounds, so that the graphs with and without gradients agree: else the ratio is not 1 in bfloat16
+    torch._inductor.config.emulate_precision_casts = True
+    for block in blocks:
+        block.compile()
 
 
 def denoisers(pipe):
@@ -520,7 +589,7 @@ def autocast(pipe):
     """The arithmetic of the pipeline: autocast where float32 parameters are trained in a half-precision model."""
     half = {p.dtype for m in _modules(pipe) for p in m.parameters()} & {torch.bfloat16, torch.float16}
     full = any(p.requires_grad and p.dtype == torch.float32 for m in denoisers(pipe).values() for p in m.parameters())
-    return torch.autocast(pipe.device.type, dtype=half.pop()) if half and full else nullcontext()
+    return torch.autocast(pipe._execution_device.type, dtype=half.pop()) if half and full else nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -534,9 +603,21 @@ class Transition:
     x: torch.Tensor
     x_next: torch.Tensor
     log_prob: torch.Tensor
-    mean: torch.Tensor
-    std: torch.Tensor
     velocity: torch.Tensor
+    rule: Callable
+    """`dynamics.step` of this step's noise levels."""
+
+    def scored(self, velocity):
+        """The Step from x to x_next under a velocity."""
+        return self.rule(v=velocity, x=self.x, x_next=self.x_next)
+
+    @property
+    def mean(self):
+        return self.scored(self.velocity).mean
+
+    @property
+    def std(self):
+        return self.scored(self.velocity).std
 
 
 @dataclass
@@ -562,22 +643,36 @@ class Rollout:
     """{k: [output]} of the denoiser in step k: tensors without storage, or with it if the guidance remembers them."""
 
 
-def rollout(pipe, call, dynamics_type, noise_level, sde_steps, generator=None) -> Rollout:
+def rollout(
+    pipe, call, dynamics_type, noise_level, sde_steps, generator=None, *, texts=None, sibling=None
+) -> Rollout:
     """Sample images with `pipe(**call)`, stochastically in sde_steps and by the pipeline's own ODE elsewhere.
 
     call: keyword arguments of the pipeline; its `generator` draws the initial noise.
     sde_steps: indices k, 0-based, whose step is `dynamics.step(dynamics_type, ..., noise_level)`.
     generator: of the noise of those steps, one torch.Generator or a list of one per image; also of the initial noise
         if the call names none.
+    texts: a dict that remembers what the text encoders made of each prompt, for the calls to come.
+    sibling: an earlier Rollout. If it had the same call from the same start, then so are its steps up to the first
+        stochastic one, and they are taken from its tape.
     """
     call = {"generator": generator, **call, "output_type": "pt", "return_dict": False}
     tape = Rollout(call=call, dynamics_type=dynamics_type, noise_level=noise_level)
     # guidance that is an object may have momentum: step k then depends on what the denoiser said before
     whole = any(isinstance(component, diffusers.guiders.BaseGuidance) for component in pipe.components.values())
-    recorder = _Recorder(tape, sde_steps, generator, whole)
-    with torch.no_grad(), autocast(pipe), _taped(pipe, recorder):
+    ahead = None
+    if sde_steps and sibling is not None and min(sibling.steps) == min(sde_steps) and _alike(sibling.call, call):
+        ahead = _Player(sibling, min(sde_steps), sibling.steps[min(sde_steps)].x)
+    recorder = _Recorder(tape, sde_steps, generator, whole, ahead)
+    with torch.no_grad(), autocast(pipe), _taped(pipe, recorder), _remembering(pipe, texts):
         tape.images = pipe(**_copy(call))[0]
     return tape
+
+
+def _alike(a, b):
+    """Whether two calls have the same arguments and generators with the same seeds."""
+    seeds = [[g.initial_seed() for g in call["generator"]] for call in (a, b)]
+    return seeds[0] == seeds[1] and {**a, "generator": None} == {**b, "generator": None}
 
 
 def replay(pipe, rollout, k, x=None):
@@ -599,38 +694,38 @@ def replay(pipe, rollout, k, x=None):
     velocity = player.velocity
     if x is not None or k not in rollout.steps:
         return velocity, None
-    taken = rollout.steps[k]
-    return velocity, _step(rollout, velocity, taken.x, k, x_next=taken.x_next)
-
-
-def _step(rollout, velocity, x, k, **how):
-    sigmas = rollout.sigmas.tolist()
-    return dynamics.step(
-        rollout.dynamics_type, velocity, x, sigmas[k], sigmas[k + 1], rollout.noise_level, sigma_second=sigmas[1], **how
-    )
+    return velocity, rollout.steps[k].scored(velocity)
 
 
 class _Recorder:
     """Lets everything happen and writes it down."""
 
-    def __init__(self, tape, sde_steps, generator, whole):
+    def __init__(self, tape, sde_steps, generator, whole, ahead):
         self.tape, self.sde_steps, self.generator = tape, set(sde_steps), generator
         self.k = 0  # the step under way
+        self.ahead = ahead  # a _Player that knows the steps before the first stochastic one
         self.inside = False  # a recorded method may call another
         self.whole = whole  # keep the denoiser's outputs, not only their shapes
+
+    @property
+    def skipping(self):
+        return self.ahead is not None and self.k < self.ahead.target
 
     def method(self, name, method, *args, **kwargs):
         if self.inside:
             return method(*args, **kwargs)
         self.inside = True
         try:
-            answer = method(*args, **kwargs)
+            answer = next(self.ahead.answers[name]) if self.skipping else method(*args, **kwargs)
         finally:
             self.inside = False
-        self.tape.answers[name].append(_copy(answer))
-        return answer
+        self.tape.answers[name].append(answer)
+        return _copy(answer)
 
     def denoiser(self, forward, *args, **kwargs):
+        if self.skipping:
+            self.tape.outputs[self.k] = self.ahead.tape.outputs[self.k]
+            return self.ahead.denoiser(forward)
         caches = [key for key, value in kwargs.items() if key.endswith("cache") and value is not None]
         if caches:  # filled in one step and read in the next: a replay of one step has it empty
             raise NotImplementedError(f"cannot replay a step that needs {caches[0]}; try use_{caches[0]}=False in call")
@@ -646,12 +741,22 @@ class _Recorder:
             tape.noise = sample.detach().clone()
             sigmas = scheduler.sigmas.float().cpu()
             tape.sigmas = 1 - sigmas if inverted else sigmas
+        if self.skipping:
+            self.k += 1
+            return self.ahead.step(scheduler, output, timestep, sample)
         if k in self.sde_steps:
-            x, velocity = sample.detach().clone(), -output if inverted else output
-            taken = _step(tape, velocity, x, k, generator=self.generator)
+            x, velocity = sample.detach(), -output if inverted else output
+            same = k - 1 in tape.steps and torch.equal(x, tape.x0)  # then one copy serves two steps
+            x = tape.x0 if same else x.clone()
+            sigma, sigma_next, second = tape.sigmas[[k, k + 1, 1]].tolist()
+            rule = functools.partial(
+                dynamics.step, tape.dynamics_type, sigma=sigma, sigma_next=sigma_next, noise_level=tape.noise_level,
+                sigma_second=second,
+            )  # fmt: skip
+            taken = rule(v=velocity, x=x, generator=self.generator)
             if taken.x_next.dtype != output.dtype:  # pass on the dtype that diffusers passes on, and score that
-                taken = _step(tape, velocity, x, k, x_next=taken.x_next.to(output.dtype))
-            tape.steps[k] = Transition(x, taken.x_next, taken.log_prob, taken.mean, taken.std, velocity.detach())
+                taken = rule(v=velocity, x=x, x_next=taken.x_next.to(output.dtype))
+            tape.steps[k] = Transition(x, taken.x_next, taken.log_prob, velocity.detach(), rule)
             tape.x0 = taken.x_next
         else:
             scheduler._step_index = k  # by index: a timestep may occur twice
@@ -711,7 +816,7 @@ def _stepping(cls):
     """A subclass of a scheduler's class whose `step()` is handed to a listener."""
 
     def step(self, model_output, timestep, sample, *args, return_dict=True, **kwargs):
-        x_next = self.listener.step(self, model_output, timestep, sample)
+        x_next = self.listener(self, model_output, timestep, sample)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x_next) if return_dict else (x_next,)
 
     def scale_model_input(self, sample, timestep=None):  # called where the class is not diffusers' very own
@@ -729,13 +834,51 @@ def _taped(pipe, listener):
             if name.startswith(("encode_", "prepare_", "generate_")) and callable(getattr(pipe, name)):
                 setattr(pipe, name, functools.partial(listener.method, name, getattr(pipe, name)))
                 stack.callback(delattr, pipe, name)
-        kinds = [(denoiser, _listening) for denoiser in denoisers(pipe).values()] + [(pipe.scheduler, _stepping)]
-        for component, kind in kinds:
-            stack.callback(setattr, component, "__class__", type(component))
-            component.__class__ = kind(type(component))
-            component.listener = listener
-            stack.callback(delattr, component, "listener")
+        stack.enter_context(_routed(pipe.scheduler, _stepping, listener.step))
+        for denoiser in denoisers(pipe).values():
+            stack.enter_context(_routed(denoiser, _listening, listener.denoiser))
         yield
+
+
+@contextmanager
+def _remembering(pipe, texts):
+    """Let a text encoder work on each row of tokens once; when a row comes again, the answer is in `texts`."""
+    with ExitStack() as stack:
+        for name, module in pipe.components.items() if texts is not None else ():
+            if name.startswith("text_encoder") and isinstance(module, torch.nn.Module):
+                listener = functools.partial(_recall, texts.setdefault(name, {}))
+                stack.enter_context(_routed(module, _listening, listener))
+        yield
+
+
+def _recall(memory, encode, *args, **kwargs):
+    leaves = tree_leaves((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if len({len(t) for t in tensors}) != 1:  # not rows of tokens
+        return encode(*args, **kwargs)
+    how = repr([leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)])
+    keys = [(how, repr(row)) for row in zip(*(t.tolist() for t in tensors), strict=True)]
+    new = {key: row for row, key in enumerate(keys) if key not in memory}
+    if new:
+        rows = list(new.values())
+        args, kwargs = tree_map_only(torch.Tensor, lambda t: t[rows], (args, kwargs))
+        output = encode(*args, **kwargs)
+        for i, key in enumerate(new):
+            memory[key] = tree_map(lambda t: t[i : i + 1] if isinstance(t, torch.Tensor) else None, output)  # noqa: B023
+    answers = [memory[key] for key in keys]
+    return tree_map(lambda *rows: None if rows[0] is None else torch.cat(rows), *answers)
+
+
+@contextmanager
+def _routed(component, kind, listener):
+    """The component as one whose calls or steps go to a listener, for a while."""
+    own = type(component)
+    component.__class__, component.listener = kind(own), listener
+    try:
+        yield
+    finally:
+        component.__class__ = own
+        del component.listener
 
 
 @functools.cache
@@ -743,7 +886,7 @@ def _listening(cls):
     """A subclass whose calls go through a listener, outside all hooks: a skipped sharded model gathers nothing."""
 
     def call(self, *args, **kwargs):
-        return self.listener.denoiser(functools.partial(cls.__call__, self), *args, **kwargs)
+        return self.listener(functools.partial(cls.__call__, self), *args, **kwargs)
 
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
 

@@ -229,7 +229,7 @@ def main():
 
     # Model, reward, optimizer
     device = common.pick_device(args)
-    pipe = common.load_pipeline(args.model, device, getattr(torch, args.dtype))
+    pipe = common.make_pipeline(args, device)
     parameters = list(common.trainable_parameters(pipe, args, train.seed).values())
     reward = rewards.make_reward(args.reward, device)
     reference = None
@@ -237,7 +237,7 @@ def main():
         reference = Snapshot(parameters, device if train.ref_param_device == "same_as_model" else "cpu")
     ema = Snapshot(parameters) if train.ema_decay > 0 else None
     optimizer = torch.optim.AdamW(
-        parameters, train.learning_rate, train.adam_betas, train.adam_epsilon, train.adam_weight_decay
+        parameters, train.learning_rate, train.adam_betas, train.adam_epsilon, train.adam_weight_decay, fused=True
     )
     prompts = common.read_prompts(args.prompts)
     calls_per_epoch = train.unique_sample_num_per_epoch * train.group_size // train.per_device_batch_size
