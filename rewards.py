@@ -188,7 +188,7 @@ class _Clip:
         self.model, loaded = CLIPModel.from_pretrained(model, dtype=getattr(torch, dtype), output_loading_info=True)
         if loaded["missing_keys"]:  # transformers would go on with random weights
             raise ValueError(f"{model} holds no whole CLIP: {min(loaded['missing_keys'])} is missing")
-        self.model = self.model.to(device).eval().requires_grad_(False)
+        self.model = self.model.to(device).requires_grad_(False)
         self.tokenizer = CLIPTokenizer.from_pretrained(processor)
         self.processor = CLIPImageProcessorPil.from_pretrained(processor)
         self.device, self.batch_size = device, batch_size
@@ -214,18 +214,20 @@ class _Clip:
 
 def _preprocess(images, processor):
     """What an image processor of CLIP does to PIL images, done to (B, 3, H, W) in [0, 1] where they are."""
-    height, width = images.shape[-2:]
+    sides = images.shape[-2:]
     if edge := processor.size["shortest_edge"]:
-        size = [int(edge * side / min(height, width)) for side in (height, width)]
+        height, width = (int(edge * side / min(sides)) for side in sides)
     else:
-        size = [processor.size["height"], processor.size["width"]]
-    images = F.interpolate(images.float(), size, mode="bicubic", antialias=True).clamp(0, 1)
+        height, width = processor.size["height"], processor.size["width"]
+    images = (images.float() * 255).round()
+    for size in ((sides[0], width), (height, width)):  # like PIL one axis after the other, with 8 bits after each
+        images = F.interpolate(images, size, mode="bicubic", antialias=True).round().clamp(0, 255)
     if processor.do_center_crop:
-        height, width = processor.crop_size["height"], processor.crop_size["width"]
-        top, left = (size[0] - height) // 2, (size[1] - width) // 2
-        images = images[..., top : top + height, left : left + width]
+        rows, columns = processor.crop_size["height"], processor.crop_size["width"]
+        top, left = (height - rows) // 2, (width - columns) // 2
+        images = images[..., top : top + rows, left : left + columns]
     mean, std = (images.new_tensor(values).reshape(3, 1, 1) for values in (processor.image_mean, processor.image_std))
-    return (images - mean) / std
+    return (images / 255 - mean) / std
 
 
 def _slices(count, length):
