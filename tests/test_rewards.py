@@ -1,5 +1,7 @@
 import json
+import re
 import string
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -375,6 +377,15 @@ def test_options_reach_the_reward_they_name(monkeypatch, images):
     scores = make_reward({"one": 1.0, "two": 10.0}, "cpu", options)(images, PROMPTS)
     assert made == {"one": ("cpu", 5, ["x"]), "two": ("meta", 1, ())}
     assert scores["total"].tolist() == [15] * 4
+
+
+def test_the_readmes_reward_with_an_option(monkeypatch, images):
+    monkeypatch.setattr(rewards, "REWARDS", dict(rewards.REWARDS))
+    blocks = re.findall(r"```python\n(.*?)```", (Path(rewards.__file__).parent / "README.md").read_text(), re.DOTALL)
+    exec(next(block for block in blocks if "REWARDS" in block), dict(vars(rewards)))
+    rows = torch.zeros(4, 3, 8, 8)
+    rows[:, :, ::2] = 1
+    assert make_reward({"sharpness": 1.0}, "cpu", {"sharpness.scale": 3})(rows, PROMPTS)["total"].tolist() == [3] * 4
 
 
 REFUSALS = [
