@@ -301,7 +301,7 @@ def test_imagereward_is_what_its_checkpoint_says(imagereward_folder, images, req
     [
         dict(size={"shortest_edge": 32}, crop_size=32),
         dict(size={"shortest_edge": 40}, crop_size=(32, 28), image_mean=(0.5, 0.4, 0.3), image_std=(0.2, 0.3, 0.4)),
-        dict(size={"height": 36, "width": 28}, do_center_crop=False),
+        dict(size={"height": 36, "width": 28}, crop_size=16, do_center_crop=False),
     ],
 )
 def test_preprocessing_is_that_of_the_image_processor(height, width, settings):
