@@ -164,7 +164,7 @@ def imagereward(
     def score(images, prompts):
         read = []
         for batch in _slices(len(prompts), batch_size):
-            seen = vision(_preprocess(images[batch].to(device), processor).to(vision.dtype)).last_hidden_state
+            seen = vision(_preprocess(images[batch].to(device), processor)).last_hidden_state
             words = tokenizer(prompts[batch], padding=True, truncation=True, max_length=35, return_tensors="pt")
             words = words.to(device)
             states = text(words.input_ids, words.attention_mask, encoder_hidden_states=seen).last_hidden_state
@@ -196,7 +196,7 @@ class _Clip:
     @torch.no_grad()
     def images(self, images):
         pixels = (_preprocess(batch.to(self.device), self.processor) for batch in images.split(self.batch_size))
-        features = [self.model.get_image_features(batch.to(self.model.dtype)).pooler_output for batch in pixels]
+        features = [self.model.get_image_features(batch).pooler_output for batch in pixels]
         return F.normalize(torch.cat(features).float(), dim=1)
 
     @torch.no_grad()
