@@ -195,6 +195,12 @@ def test_the_score_has_no_gradient(request, images, name):
     assert not rewards.REWARDS[name]("cpu", **options)(images.requires_grad_(), PROMPTS).requires_grad
 
 
+def test_the_models_are_frozen(clip_folder, imagereward_folder):
+    blip = rewards._blip(str(imagereward_folder), torch.load(imagereward_folder / "ImageReward.pt"))
+    for model in (*blip, rewards._Clip("cpu", str(clip_folder), None, "float32", 1).model):
+        assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", BY_A_MODEL)
 def test_a_reward_on_a_device_of_its_own(request, images, name):
