@@ -139,6 +139,8 @@ class RunArgs:
     """Text file of training prompts, one a line."""
     reward: Annotated[dict, _pairs(float)] = field(default_factory=dict)
     """Weighted rewards, in the place of the model's own, e.g. jpeg_compressibility=0.1 my_rewards.py:brightness=1."""
+    reward_options: Annotated[dict, _pairs(object)] = field(default_factory=dict)
+    """Options of these rewards, read as YAML, e.g. pickscore.batch_size=8; rewards.py says which each one has."""
     output_dir: str = "runs"
     """Where the run folder is made."""
     run_name: Optional[str] = None
@@ -248,7 +250,7 @@ def _tokens(settings, prefix=""):
     tokens = []
     for name, value in settings.items():
         flag = f"--{prefix}{name}".replace("_", "-")
-        if isinstance(value, dict) and name not in ("call", "reward"):
+        if isinstance(value, dict) and name not in ("call", "reward", "reward_options"):
             tokens += _tokens(value, f"{prefix}{name}.")
         elif isinstance(value, dict):
             tokens += [flag, *(f"{key}={json.dumps(item, default=str)}" for key, item in value.items())]

@@ -147,7 +147,7 @@ def check(args):
         refuse("train.num_train_steps", train.num_train_steps, f"there are {len(steps)} candidate steps to draw from")
     all_prompts = common.check_args(args)
     try:
-        rewards.check_rewards(args.reward, all_prompts)
+        rewards.check_rewards(args.reward, all_prompts, args.reward_options)
     except ValueError as error:
         refuse("reward", args.reward, error)
 
@@ -225,7 +225,7 @@ def main():
     device = common.pick_device(args)
     pipe = common.make_pipeline(args, device)
     parameters = list(common.trainable_parameters(pipe, args, train.seed).values())
-    reward = rewards.make_reward(args.reward, device)
+    reward = rewards.make_reward(args.reward, device, args.reward_options)
     copies = device if train.ref_param_device == "same_as_model" else "cpu"
     old = Snapshot(parameters, copies)
     reference = Snapshot(parameters, copies) if train.kl_beta > 0 else None
