@@ -175,8 +175,8 @@ def geneval(
 
     detector: folder or hub id of a model of transformers for object detection with the classes of COCO. clip: of a CLIP
     model, which names the colours. threshold: least score of an object; counting_threshold: the same for prompts with
-    a number. GenEval chose the two for Mask2Former, whose masks also free the objects from their background before the
-    colour is judged; this detector gives boxes only, and colours are judged on the box.
+    a number. GenEval chose the two for its Mask2Former; another detector's scores may ask for others. It also greys the
+    background out by that model's masks before the colour is judged; here there are boxes only, judged as they are.
     """
     detect = _object_detector(detector, device)
     colours_of = _colour_classifier(clip, device)
@@ -300,7 +300,7 @@ def _object_detector(source, device):
     """A detector of transformers as a function of pictures -> for each a list of Detection, by GenEval's names."""
     from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
-    model = _pretrained(AutoModelForObjectDetection, source).to(device).eval()
+    model = _pretrained(AutoModelForObjectDetection, source).to(device, torch.float32).eval()
     processor = _pretrained(AutoImageProcessor, source)
     names = {i: COCO_NAMES.get(label, label) for i, label in model.config.id2label.items()}
     if missing := [name for name in OBJECTS if name not in names.values()]:
@@ -327,7 +327,7 @@ def _colour_classifier(source, device):
     """A CLIP model as a function of (picture, object's name, boxes) -> the colour of what is in each box."""
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-    model = _pretrained(CLIPModel, source).to(device).eval()
+    model = _pretrained(CLIPModel, source).to(device, torch.float32).eval()
     tokenizer, processor = _pretrained(AutoTokenizer, source), _pretrained(AutoImageProcessor, source)
 
     @functools.cache

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import shutil
 import sys
 import threading
 from collections import Counter, defaultdict
@@ -474,6 +475,16 @@ def test_the_colour_is_clips_choice_for_the_crop(clip):
     boxes = [(20.0 * i + 0.4, 0.2, 20.0 * i + 19.7, 19.9) for i in range(8)]  # cut at whole pixels, outwards
     assert rewards._colour_classifier(clip, "cpu")(picture, "cup", boxes) == expected
     assert len(set(expected)) > 1
+
+
+def test_models_saved_in_half_precision(saved, clip, tmp_path):
+    halves = []
+    for folder, kind in ((saved(yolos, "tvmonitor"), "YolosForObjectDetection"), (clip, "CLIPModel")):
+        halves.append(shutil.copytree(folder, tmp_path / kind))
+        getattr(transformers, kind).from_pretrained(folder).half().save_pretrained(halves[-1])
+    images, prompts = torch.rand(2, 3, 32, 32), ["a photo of four tvs", "a photo of a red tv"]
+    value = rewards.geneval("cpu", *map(str, halves), strict=True)(images, prompts)
+    assert value[0] == 1 and value[1] in (0, 1)
 
 
 def test_a_crop_is_never_empty(clip):
