@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 import threading
+import time
 from collections import Counter, defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -500,10 +501,11 @@ def test_a_detector_of_other_classes_is_refused(saved, clip):
 
 
 def test_a_missing_model_is_named_in_one_line(saved, tmp_path, clip):
-    for arguments in ((str(tmp_path / "nowhere"), clip), (saved(yolos), str(tmp_path / "nowhere"))):
-        with pytest.raises(ValueError, match="nowhere does not load as .*Model") as error:
-            rewards.geneval("cpu", *arguments)
-        assert "\n" not in str(error.value)
+    for nowhere in (str(tmp_path / "nowhere"), "no-such/model"):
+        for models, kind in ((nowhere, clip), "AutoModelForObjectDetection"), ((saved(yolos), nowhere), "CLIPModel"):
+            with pytest.raises(ValueError, match=f"{nowhere} does not load as {kind}") as error:
+                rewards.geneval("cpu", *models)
+            assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------ vlm
@@ -637,7 +639,8 @@ def test_the_image_arrives_exactly(judge):
 
 
 def test_requests_are_under_way_together_and_no_more_than_said(judge):
-    judge.together = threading.Barrier(3)  # breaks unless three arrive while three wait
+    # breaks unless three arrive while three wait; then lets a fourth arrive, if there is one
+    judge.together = threading.Barrier(3, action=lambda: time.sleep(0.2))
     ask(judge, concurrency=3, retries=0)
     assert judge.most == 3
 
