@@ -570,8 +570,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, fault, body, url):
         if fault == "slow":
-            self.server.over.wait(10)
-        elif fault == "cut":  # in the middle of the reply
+            self.server.over.wait(3)
+            fault = None
+        if fault == "cut":  # in the middle of the reply
             self.send_response(200)
             self.send_header("Content-Length", "1000")
             self.end_headers()
@@ -714,6 +715,7 @@ def test_the_last_failure_is_told(judge, waits, fault, reason):
     judge.faults["grey 2"] = [fault, fault]
     with pytest.raises(ConnectionError, match=f"2 times, at last: .*{reason}"):
         ask(judge, retries=1)
+    assert waits == [1]  # none after the last
 
 
 @pytest.mark.parametrize(
