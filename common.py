@@ -32,6 +32,7 @@ import diffusers
 import numpy as np
 import peft
 import torch
+import torch._dynamo.config
 import torch._inductor.config
 import transformers
 import tyro
@@ -473,30 +474,38 @@ def load_pipeline(model, device, dtype, offload=False) -> DiffusionPipeline:
 
 def let_visit(pipe, device):
     """Put the denoisers on the device; all other networks stay on the CPU and visit it while they work."""
-    guests = []
+    visits = []
     for name, module in pipe.components.items():
         if name in denoisers(pipe):
             module.to(device)
         elif isinstance(module, torch.nn.Module):
-            add_hook_to_module(module, _Visit(device))
-            guests.append(module)
+            visits.append(_Visit(module, device))
+            add_hook_to_module(module, visits[-1])
     # diffusers calls this at the end of a pipeline; a VAE's decode() has no other end
-    pipe.maybe_free_model_hooks = lambda: [module.to("cpu") for module in guests]
+    pipe.maybe_free_model_hooks = lambda: [visit.leave() for visit in visits]
 
 
 class _Visit(ModelHook):
-    """Moves a network to the device before it works and back to the CPU afterwards."""
+    """Brings a frozen network to the device before it works, and forgets that copy afterwards."""
 
-    def __init__(self, device):
+    def __init__(self, module, device):
         self.execution_device = device
+        self.tensors = [*module.to("cpu").parameters(), *module.buffers()]
+        pinned = torch.device(device).type == "cuda"  # pinned memory travels several times as fast
+        self.homes = [t.data.pin_memory() if pinned else t.data for t in self.tensors]
 
     def pre_forward(self, module, *args, **kwargs):
-        module.to(self.execution_device)
+        for tensor, home in zip(self.tensors, self.homes, strict=True):
+            tensor.data = home.to(self.execution_device, non_blocking=True)
         return args, kwargs
 
     def post_forward(self, module, output):
-        module.to("cpu")
+        self.leave()
         return output
+
+    def leave(self):
+        for tensor, home in zip(self.tensors, self.homes, strict=True):
+            tensor.data = home
 
 
 def use_flow_matching(pipe):
@@ -574,6 +583,7 @@ def compile_blocks(denoiser):
         refuse("compile", True, f"diffusers does not say which blocks {type(denoiser).__name__} repeats; leave it out")
     # round where eager rounds, so that the graphs with and without gradients agree: else the ratio is not 1 in bfloat16
     torch._inductor.config.emulate_precision_casts = True
+    torch._dynamo.config.recompile_limit = 64  # kinds of blocks x shapes x with and without gradients
     for block in blocks:
         block.compile()
 
@@ -645,9 +655,7 @@ class Rollout:
     """{k: [output]} of the denoiser in step k: tensors without storage, or with it if the guidance remembers them."""
 
 
-def rollout(
-    pipe, call, dynamics_type, noise_level, sde_steps, generator=None, *, texts=None, sibling=None
-) -> Rollout:
+def rollout(pipe, call, dynamics_type, noise_level, sde_steps, generator=None, *, texts=None, sibling=None) -> Rollout:
     """Sample images with `pipe(**call)`, stochastically in sde_steps and by the pipeline's own ODE elsewhere.
 
     call: keyword arguments of the pipeline; its `generator` draws the initial noise.

@@ -1,13 +1,14 @@
-"""What an epoch costs on this machine, and what of it is the network: a table, always against eager in the same process.
+"""What an epoch costs on this machine, and how it grows: tables, always against eager in the same process.
 
-    python tests/bench.py shapes                the embedded model, here
-    python tests/bench.py sd35                  the architecture of SD3.5-medium with random weights, on a GPU
-    python tests/bench.py flux                  the architecture of FLUX.1-dev with random weights, on a GPU
-    python tests/bench.py sd35 --scaling        how the cost grows with steps, trained steps, group, batch, resolution
-    python tests/bench.py sd35 --memory         peak memory with each of the options that save it
+    python tests/bench.py shapes                  the embedded model
+    python tests/bench.py sd35                    the architecture of SD3.5-medium with random weights, on a GPU
+    python tests/bench.py flux                    the architecture of FLUX.1-dev with random weights, on a GPU
+    python tests/bench.py sd35 --mode memory      peak memory, all networks of the pipeline included
+    python tests/bench.py sd35 --mode scaling     the cost as steps, trained steps, images and resolution grow
+    python tests/bench.py shapes --mode share     where the time of `python grpo.py` goes
 
-Run by hand; nothing here is a test. Times are medians; a TFLOP/s counts the network's matrix products and attention,
-and a backward pass twice its forward pass.
+Run by hand; nothing here is a test. Times are medians. A TFLOP/s counts what the transformer multiplies, and a backward
+pass as twice its forward pass.
 """
 
 import argparse
@@ -17,31 +18,34 @@ import inspect
 import platform
 import statistics
 import sys
+import tempfile
 import time
+from collections import Counter
 from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import diffusers
 import torch
 import transformers
-from tiny_pipelines import tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
-import common
-import grpo
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+tokenizer = __import__("tiny_pipelines").tokenizer
+common, grpo = __import__("common"), __import__("grpo")
 
 WORDS = "a red fox asleep under an old apple tree, evening light"
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Models: (pipeline, arguments of its call, {embedding: shape} that stand in for text encoders left out)
+
+
 def sd35(text_encoders):
-    """SD3.5-medium: 2.24 B parameters in the transformer; with text encoders 5.5 B more."""
+    """SD3.5-medium: 2.2 B parameters in the transformer, 5.6 B in the text encoders."""
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=128, patch_size=2, in_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24,
         joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048, out_channels=16,
         pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
     )  # fmt: skip
-    vae = image_vae(scaling_factor=1.5305, shift_factor=0.0609)
     texts = dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer_3"))
     if text_encoders:
         texts = dict(
@@ -49,35 +53,35 @@ def sd35(text_encoders):
             text_encoder_3=t5(), tokenizer_3=tokenizer(),
         )  # fmt: skip
     pipe = diffusers.StableDiffusion3Pipeline(
-        transformer, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae, tokenizer=tokenizer(77),
-        tokenizer_2=tokenizer(77), **texts,
+        transformer, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae(scaling_factor=1.5305, shift_factor=0.0609), tokenizer=tokenizer(77), tokenizer_2=tokenizer(77), **texts,
     )  # fmt: skip
     return pipe, dict(max_sequence_length=128), dict(prompt_embeds=(205, 4096), pooled_prompt_embeds=(2048,))
 
 
 def flux(text_encoders):
-    """FLUX.1-dev: 11.9 B parameters in the transformer; with text encoders 4.9 B more."""
+    """FLUX.1-dev: 11.9 B parameters in the transformer, 4.9 B in the text encoders."""
     transformer = diffusers.FluxTransformer2DModel(guidance_embeds=True)
-    vae = image_vae(scaling_factor=0.3611, shift_factor=0.1159)
-    texts = dict(text_encoder=clip(768, 12, 12, "quick_gelu"), text_encoder_2=t5(), tokenizer_2=tokenizer())
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    texts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer_2"))
+    if text_encoders:
+        texts = dict(text_encoder=clip(768, 12, 12, "quick_gelu"), text_encoder_2=t5(), tokenizer_2=tokenizer())
     pipe = diffusers.FluxPipeline(
-        scheduler, vae, tokenizer=tokenizer(77), transformer=transformer,
-        **(texts if text_encoders else dict.fromkeys(texts)),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae(scaling_factor=0.3611, shift_factor=0.1159), tokenizer=tokenizer(77), transformer=transformer, **texts,
     )  # fmt: skip
     return pipe, dict(max_sequence_length=512), dict(prompt_embeds=(512, 4096), pooled_prompt_embeds=(768,))
 
 
 def shapes(text_encoders):
-    """The embedded model."""
-    return common.load_pipeline(common.RunArgs.model, "cpu", torch.float32), dict(max_sequence_length=1), None
+    """The embedded model, with its text encoders."""
+    return common.load_pipeline(common.RunArgs.model, "cpu", torch.float32), dict(max_sequence_length=1), {}
 
 
-def image_vae(**scales):
+def vae(**scale):
     return diffusers.AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, norm_num_groups=32,
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, sample_size=1024,
-        use_quant_conv=False, use_post_quant_conv=False, **scales,
+        use_quant_conv=False, use_post_quant_conv=False, **scale,
     )  # fmt: skip
 
 
@@ -96,54 +100,51 @@ def t5():
     return transformers.T5EncoderModel(config)
 
 
-class Workload:
-    """One of the models above with adapters, an optimizer and one call of the pipeline, and what they cost."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The work
 
-    def __init__(self, model, device, *, text_encoders=False, offload=False, checkpointing=False, slicing=False):
+
+class Workload:
+    """A model with what trains it, and one call of its pipeline as an epoch."""
+
+    def __init__(self, model, device, text_encoders=False):
         torch.manual_seed(0)
-        torch.set_default_dtype(torch.bfloat16 if model is not shapes else torch.float32)
+        torch.set_default_dtype(torch.float32 if model is shapes else torch.bfloat16)
         with torch.device(device):
             self.pipe, self.call, self.embeddings = model(text_encoders)
         torch.set_default_dtype(torch.float32)
-        self.device, self.full = device, model is shapes
+        self.embeddings = {} if text_encoders else self.embeddings
+        self.words = "a red circle" if model is shapes else WORDS
+        self.device, self.denoiser = device, self.pipe.transformer
         for module in self.pipe.components.values():
             if isinstance(module, torch.nn.Module):
-                module.requires_grad_(False).eval()
-                module.to("cpu" if offload else device)
-        if offload:
-            common.let_visit(self.pipe, device)
-        if slicing:
-            self.pipe.vae.enable_slicing()
+                module.to(device).requires_grad_(False).eval()
         self.pipe.set_progress_bar_config(disable=True)
-        if text_encoders or self.embeddings is None:
-            self.embeddings = {}
-        train = grpo.TrainArgs(enable_gradient_checkpointing=checkpointing)
-        args = grpo.Args(finetune_type="full" if self.full else "lora", train=train)
+        args = grpo.Args(finetune_type="full" if model is shapes else "lora")
         self.parameters = list(common.trainable_parameters(self.pipe, args, 0).values())
         self.optimizer = torch.optim.AdamW(self.parameters, 1e-6, fused=True)
-        self.denoiser = self.pipe.transformer
 
     def arguments(self, batch, resolution, steps, guidance):
-        """Keyword arguments of the pipeline for a batch of images; embeddings stand in for missing text encoders."""
+        """Keyword arguments of the pipeline."""
         call = dict(
             height=resolution, width=resolution, num_inference_steps=steps, guidance_scale=guidance,
             generator=common.generators(*((0, i) for i in range(batch))), **self.call,
         )  # fmt: skip
         if not self.embeddings:
-            return call | dict(prompt=[WORDS] * batch if not self.full else ["a red circle"] * batch)
+            return call | dict(prompt=[self.words] * batch)
         torch.manual_seed(0)
-        dtype = torch.bfloat16
-        given = {k: torch.randn(batch, *shape, device=self.device, dtype=dtype) for k, shape in self.embeddings.items()}
-        if "negative_prompt_embeds" in inspect.signature(self.pipe.__call__).parameters and guidance > 1:
-            given |= {f"negative_{k}": torch.zeros_like(value) for k, value in given.items()}
+        shapes = {name: (batch, *shape) for name, shape in self.embeddings.items()}
+        given = {name: torch.randn(shape, device=self.device, dtype=torch.bfloat16) for name, shape in shapes.items()}
+        if guidance > 1 and "negative_prompt_embeds" in inspect.signature(self.pipe.__call__).parameters:
+            given |= {f"negative_{name}": torch.zeros_like(value) for name, value in given.items()}
         return call | given
 
-    def rollout(self, call, trained):
+    def sample(self, call, trained):
         seeds = common.generators(*((1, i) for i in range(len(call["generator"]))))
         return common.rollout(self.pipe, call, "Flow-SDE", 0.7, trained, seeds)
 
     def update(self, tape):
-        """Forward and backward of every trained step, and an optimizer step. Returns max |log ratio| on the way."""
+        """Forward and backward of every trained step and an optimizer step; returns max |log ratio| before it."""
         ratios = []
         for k, taken in tape.steps.items():
             _, step = common.replay(self.pipe, tape, k)
@@ -155,28 +156,33 @@ class Workload:
         return torch.stack(ratios).max().item()
 
     def flops(self, call):
-        """Floating-point operations of the denoiser in one step of a call: all its images, and both guidance branches."""
+        """Floating-point operations of the denoiser in one step of a call."""
         with FlopCounterMode(display=False) as counter:
-            self.rollout(call | dict(num_inference_steps=1), [])
+            self.sample(call | dict(num_inference_steps=1), [])
         return sum(counter.get_flop_counts()[type(self.denoiser).__name__].values())
 
-    def step_inputs(self, call):
-        """What the denoiser is given in the first step of a call."""
+    def forward_once(self, call):
+        """A function that runs the denoiser alone, on what the first step of a call gives it."""
         given = {}
 
         def keep(module, args, kwargs):
-            given["args"], given["kwargs"] = args, kwargs
+            given.update(args=args, kwargs=kwargs)
             raise common._Arrived
 
         handle = self.denoiser.register_forward_pre_hook(keep, with_kwargs=True)
         with contextlib.suppress(common._Arrived):
-            self.rollout(call, [])
+            self.sample(call, [])
         handle.remove()
-        return given["args"], given["kwargs"]
+
+        def forward():
+            with torch.no_grad(), common.autocast(self.pipe):
+                self.denoiser(*given["args"], **given["kwargs"])
+
+        return forward
 
 
-def seconds(work, device, repeats):
-    """Median, and the value of the last call."""
+def timed(work, device, repeats=1):
+    """(median seconds of a call, what the last one returned)."""
     times = []
     for _ in range(repeats):
         synchronize(device)
@@ -193,7 +199,7 @@ def synchronize(device):
 
 
 def peak(device):
-    """GiB of the device's memory in use at most since the last call."""
+    """The most GiB of the device's memory in use since the last call."""
     if device.type != "cuda":
         return float("nan")
     most = torch.cuda.max_memory_allocated() / 2**30
@@ -201,77 +207,168 @@ def peak(device):
     return most
 
 
+def table(*columns):
+    row(*columns)
+    row(*["---"] * len(columns))
+
+
+def row(*cells):
+    print("|", " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells), "|", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tables
+
+
 def speed(model, device, args):
-    """The network alone, then whole epochs of Flow-GRPO and of the mixed setting: eager, then compiled."""
+    """The network alone, sampling, and whole epochs of Flow-GRPO and of the mixed setting: eager, then compiled."""
     load = Workload(model, device)
+    if args.checkpointing:
+        load.denoiser.enable_gradient_checkpointing()
     plain = load.arguments(args.batch, args.resolution, args.steps, 1.0)
     guided = load.arguments(args.batch, args.resolution, args.steps, 4.5)
-    tera = load.flops(plain) / args.batch / 1e12
-    print(f"{tera:.3g} TFLOP per image and forward; batch {args.batch}, {args.resolution} px, {args.steps} steps")
-    print("| | forward ms/image | TFLOP/s | rollout TFLOP/s | forward+backward ms/image | TFLOP/s | peak GiB |"
-          " epoch, guided, all steps, ms/image | mixed, 2 steps | max abs log ratio |")  # fmt: skip
-    print("|---" * 10 + "|")
-    for name in ("eager", "compiled"):
-        if name == "compiled":
-            start = time.perf_counter()
+    tera, per = load.flops(plain) / 1e12, 1e3 / args.batch
+    print(f"{tera / args.batch:.3g} TFLOP per image and forward; batch {args.batch}, {args.resolution} px")
+    table(
+        "", "forward ms/image", "TFLOP/s", "rollout ms/image", "TFLOP/s", "forward+backward ms/image", "TFLOP/s",
+        "peak GiB", "guided epoch, all steps, ms/image", "with 2 trained steps", "max abs log ratio",
+    )  # fmt: skip
+    every = list(range(args.steps - 1))
+    for how in args.how.split(","):
+        if how == "compiled":
             common.compile_blocks(load.denoiser)
-        inputs = load.step_inputs(plain)
-
-        def forward(inputs=inputs):
-            with torch.no_grad(), common.autocast(load.pipe):
-                load.denoiser(*inputs[0], **inputs[1])
-
-        def roll(call, trained):
-            return load.rollout(call, trained)
-
-        def epoch(call, trained):
-            return load.update(load.rollout(call, trained))
-
-        everything = list(range(args.steps - 1))
-        tape = roll(plain, everything[:2])  # a first time, to warm up and to compile
-        ratio = load.update(tape)
-        if name == "compiled":
-            print(f"compiled in {time.perf_counter() - start:.0f} s")
-        one, _ = seconds(forward, device, 10)
+        started = time.perf_counter()
+        ratios = [load.update(load.sample(plain, [0, 1]))]
+        warm = time.perf_counter() - started
+        forward = load.forward_once(plain)
+        forward()
+        one, _ = timed(forward, device, 10)
         peak(device)
-        sample, tape = seconds(lambda: roll(plain, everything[:2]), device, args.repeats)
-        both, _ = seconds(lambda tape=tape: load.update(tape), device, args.repeats)
+        sampling, tape = timed(lambda: load.sample(plain, [0, 1]), device, args.repeats)
+        both, _ = timed(lambda tape=tape: load.update(tape), device, args.repeats)
         most = peak(device)
         del tape
-        full, ratio_full = seconds(lambda: epoch(guided, everything), device, args.epochs)
-        mixed, ratio_mixed = seconds(lambda: epoch(guided, [1, 2]), device, args.epochs)
-        per = 1e3 / args.batch
-        print(
-            f"| {name} | {one * per:.2f} | {tera / one * args.batch:.0f} | {tera * args.steps / sample * args.batch:.0f} "
-            f"| {both / 2 * per:.2f} | {3 * tera / both * 2 * args.batch:.0f} | {most:.1f} "
-            f"| {full * per:.0f} | {mixed * per:.0f} | {max(ratio, ratio_full, ratio_mixed):.3g} |",
-            flush=True,
-        )
+        epochs = []
+        for trained in ([1, 2], every):
+            if how == "compiled":
+                load.update(load.sample(guided, trained[:1]))
+            seconds, ratio = timed(lambda k=trained: load.update(load.sample(guided, k)), device, args.epochs)
+            epochs.append(seconds * per)
+            ratios.append(ratio)
+        row(
+            how, one * per, tera / one, sampling * per, tera * args.steps / sampling, both / 2 * per,
+            6 * tera / both, most, epochs[1], epochs[0], max(ratios),
+        )  # fmt: skip
+        print(f"the first rollout and update took {warm:.0f} s", flush=True)
 
 
-def memory(model, device, args):  # noqa: B023
-    """Peak memory and time of an epoch with two trained steps, all networks of the pipeline included."""
-    print("| px | batch | options | sampling GiB | update GiB | sampling s/image | update s/image |")
-    print("|---" * 7 + "|")
-    for resolution, batch in ((512, args.batch), (1024, max(1, args.batch // 4)), (512, 1), (1024, 1)):
-        for options in ({}, {"offload": True}, {"checkpointing": True}, {"offload": True, "checkpointing": True},
-                        {"offload": True, "checkpointing": True, "slicing": True}):  # fmt: skip
-            gc.collect()
-            torch.cuda.empty_cache()
-            load = Workload(model, device, text_encoders=True, **options)
-            call = load.arguments(batch, resolution, args.steps, 4.5)
-            tape = load.rollout(call, [1])
-            load.update(tape)  # the optimizer has its state now
-            peak(device)
-            sample, tape = seconds(lambda: load.rollout(call, [1, 2]), device, 1)  # noqa: B023
-            sampling = peak(device)
-            update, _ = seconds(lambda: load.update(tape), device, 1)  # noqa: B023
-            print(
-                f"| {resolution} | {batch} | {', '.join(options) or '-'} | {sampling:.1f} | {peak(device):.1f} "
-                f"| {sample / batch:.2f} | {update / batch:.2f} |",
-                flush=True,
-            )
-            del load, tape
+def memory(model, device, args):
+    """Peak memory and time of a guided epoch with two trained steps, text encoders and VAE included."""
+    load = Workload(model, device, text_encoders=True)
+    table("px", "batch", "options", "sampling GiB", "update GiB", "sampling s/image", "update s/image")
+
+    def measure(resolution, batch):
+        call = load.arguments(batch, resolution, args.steps, 4.5)
+        load.update(load.sample(call, [1]))  # Adam has its moments from here on
+        gc.collect()
+        torch.cuda.empty_cache()
+        peak(device)
+        sampling, tape = timed(lambda: load.sample(call, [1, 2]), device)
+        most = peak(device)
+        update, _ = timed(lambda: load.update(tape), device)
+        return most, peak(device), sampling / batch, update / batch
+
+    for options in ((), ("checkpointing",), ("offload", "checkpointing"), ("offload",)):
+        if "offload" in options and not hasattr(load.pipe.vae, "_hf_hook"):
+            common.let_visit(load.pipe, device)
+        (load.denoiser.enable_gradient_checkpointing if "checkpointing" in options
+         else load.denoiser.disable_gradient_checkpointing)()  # fmt: skip
+        for resolution, batch in ((512, 16), (512, 4), (1024, 4), (1024, 1)):
+            try:
+                figures = measure(resolution, batch)
+            except torch.OutOfMemoryError:
+                figures = ["out of memory"] * 4
+            row(resolution, batch, ", ".join(options) or "none", *figures)
+
+
+def scaling(model, device, args):
+    """The seconds of an epoch as one of its sizes grows, beside what proportion would give."""
+    load = Workload(model, device)
+    base = dict(batch=args.batch, resolution=args.resolution, steps=args.steps, trained=2)
+    table("what grows", "size", "network TFLOP", "seconds", "relative to the first", "TFLOP relative to the first")
+
+    def cost(batch, resolution, steps, trained):
+        call = load.arguments(batch, resolution, steps, 1.0)
+        load.update(load.sample(call, list(range(trained))))
+        seconds, _ = timed(lambda: load.update(load.sample(call, list(range(trained)))), device, args.repeats)
+        return seconds, load.flops(call) / 1e12 * (steps + 3 * trained)
+
+    grown = dict(
+        batch=[args.batch, 2 * args.batch, 4 * args.batch], steps=[10, 20, 40], trained=[2, 4, 8],
+        resolution=[args.resolution, 2 * args.resolution],
+    )  # fmt: skip
+    for what, values in grown.items():
+        costs = [cost(**base | {what: value}) for value in values]
+        for value, (seconds, tera) in zip(values, costs, strict=True):
+            row(what, value, tera, seconds, seconds / costs[0][0], tera / costs[0][1])
+
+
+def share(model, device, args):
+    """What `python grpo.py` does with the time of an epoch, in the script itself; evaluation not counted."""
+    spent, inside = Counter(), []
+
+    def clock(name, work):
+        def call(*a, **k):
+            synchronize(device)
+            start = time.perf_counter()
+            inside.append(0.0)
+            try:
+                return work(*a, **k)
+            finally:
+                synchronize(device)
+                total = time.perf_counter() - start
+                spent[name] += total - inside.pop()  # what it called is counted there
+                if inside:
+                    inside[-1] += total
+
+        return call
+
+    def patch(owner, attribute, name):
+        setattr(owner, attribute, clock(name, getattr(owner, attribute)))
+
+    make_pipeline = common.make_pipeline
+
+    def watched(*a):
+        pipe = make_pipeline(*a)
+        patch(pipe.transformer, "forward", "transformer")
+        patch(pipe.vae, "decode", "VAE")
+        return pipe
+
+    common.make_pipeline = watched
+    patch(torch.Tensor, "backward", "backward pass")
+    patch(common, "step_optimizer", "optimizer")
+    patch(grpo, "rollout", "pipeline and tape while sampling")
+    patch(grpo, "replay", "pipeline and tape while training")
+    patch(common.Run, "evaluate", "evaluation")
+    log, begun = common.Run.log, []
+
+    def mark(run, row):
+        if row["epoch"] == 0:
+            begun.append((time.perf_counter(), Counter(spent)))
+        log(run, row)
+
+    common.Run.log = mark
+    with tempfile.TemporaryDirectory() as folder:
+        sys.argv = ["grpo.py", "--train.max-epochs", str(args.epochs), "--output-dir", folder]
+        sys.argv += ["--eval.images-per-prompt", "1", "--eval.num-inference-steps", "1"]  # evaluation is not the matter
+        grpo.main()
+    total = time.perf_counter() - begun[0][0]
+    spent = spent - begun[0][1]
+    total -= spent.pop("evaluation")
+    spent["the rest of the script, rewards included"] = total - sum(spent.values())
+    table("part", "seconds an epoch", "share of the epoch")
+    for name, seconds in spent.most_common():
+        row(name, seconds / args.epochs, f"{seconds / total:.1%}")
 
 
 def main():
@@ -279,10 +376,12 @@ def main():
     parser.add_argument("model", choices=["shapes", "sd35", "flux"])
     parser.add_argument("--mode", choices=["speed", "memory", "scaling", "share"], default="speed")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--resolution", type=int)
+    parser.add_argument("--resolution", type=int, help="32 for shapes, else 512")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=2, help="repetitions of a whole epoch")
+    parser.add_argument("--repeats", type=int, default=3, help="of what is timed")
+    parser.add_argument("--epochs", type=int, default=2, help="of whole epochs that are timed")
+    parser.add_argument("--how", default="eager,compiled")
+    parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.resolution = args.resolution or (32 if args.model == "shapes" else 512)
@@ -291,10 +390,10 @@ def main():
         torch.set_float32_matmul_precision("high")
     else:
         torch.set_num_threads(1)
-    model = {"shapes": shapes, "sd35": sd35, "flux": flux}[args.model]
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor()}, one thread"
-    print(f"{args.model} on {machine}, torch {torch.__version__}, diffusers {diffusers.__version__}")
-    {"speed": speed, "memory": memory}[args.mode](model, device, args)
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, one thread"
+    print(f"{args.model} on {machine}, torch {torch.__version__}, diffusers {diffusers.__version__}", flush=True)
+    tables = {"speed": speed, "memory": memory, "scaling": scaling, "share": share}
+    tables[args.mode]({"shapes": shapes, "sd35": sd35, "flux": flux}[args.model], device, args)
 
 
 if __name__ == "__main__":
