@@ -101,8 +101,9 @@ def make_reward(weights, device):
     """The weighted sum of rewards.
 
     weights: {"name": weight}, at least one. Returns fn(images, prompts) -> {"name": (B,), ..., "total": (B,)}, float32
-    on the images' device. Raises ValueError for an unknown name; fn raises ValueError, naming the reward, where one
-    returns anything but B finite numbers.
+    on the images' device. Of a video (B, frames, 3, H, W) a reward scores each frame, and the mean of them counts; a
+    function with an attribute takes_video gets it whole. Raises ValueError for an unknown name; fn raises ValueError,
+    naming the reward, where one returns anything but B finite numbers.
     """
     check_rewards(weights)
     functions = {name: find_reward(name)(device) for name in weights}
@@ -115,6 +116,23 @@ def make_reward(weights, device):
     return reward
 
 
+def make_eval_reward(reward, weights, eval_weights, device):
+    """The reward of evaluation: what `reward` gives for its weights, and more, with the total of eval_weights.
+
+    Both weights are {"name": weight}. A function is made only once. Without eval_weights it is `reward`.
+    """
+    if not eval_weights:
+        return reward
+    others = {name: weight for name, weight in eval_weights.items() if name not in weights}
+    more = make_reward(others, device) if others else lambda images, prompts: {}
+
+    def eval_reward(images, prompts):
+        scores = {**reward(images, prompts), **more(images, prompts)}
+        return scores | {"total": sum(weight * scores[name] for name, weight in eval_weights.items())}
+
+    return eval_reward
+
+
 class RewardError(SystemExit, ValueError):
     """A reward that fails ends the run with one line that names it."""
 
@@ -123,6 +141,10 @@ class RewardError(SystemExit, ValueError):
 
 
 def _checked(name, function, images, prompts):
+    frames = 1
+    if images.ndim == 5 and not getattr(function, "takes_video", False):
+        frames = images.shape[1]
+        images, prompts = images.flatten(0, 1), [prompt for prompt in prompts for _ in range(frames)]
     try:
         value = torch.as_tensor(function(images, prompts), dtype=torch.float32, device=images.device)
     except Exception as error:
@@ -133,4 +155,4 @@ def _checked(name, function, images, prompts):
     if not value.isfinite().all():
         bad = int((~value.isfinite()).nonzero()[0])
         raise RewardError(name, f"returned {value[bad].item()} for image {bad}")
-    return value
+    return value.reshape(-1, frames).mean(dim=1)
