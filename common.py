@@ -8,6 +8,7 @@ and the ratio before the first update is exactly 1. There is no code for any one
 """
 
 import argparse
+import copy
 import csv
 import dataclasses
 import difflib
@@ -23,6 +24,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +88,10 @@ class EvalArgs:
     prompts: Optional[str] = None
     """Text file of held-out prompts, one a line. None evaluates on the training prompts."""
     images_per_prompt: int = 1
-    """Images made of each evaluation prompt."""
+    """Images made of each evaluation prompt. From 2 on the spread within these groups is logged."""
+    reward: Annotated[dict, _pairs(float)] = field(default_factory=dict)
+    """Weighted rewards whose sum is eval/total, e.g. one that is held out of training, which shows hacking. Those of
+    training are logged beside them. None given: the rewards of training."""
     resolution: Resolution = 512
     """Pixels: one side of a square, or height and width. Independent of train.resolution (PaCo-RL)."""
     num_inference_steps: int = 40
@@ -160,6 +165,15 @@ def refuse(key, value, remedy) -> NoReturn:
     file = f" (from {_said_by[key]})" if key in _said_by else ""
     print(f"error: {key} = {value!r}{file}: {remedy}", file=sys.stderr)
     raise SystemExit(2)
+
+
+@contextmanager
+def refusing(key, value):
+    """Within it a ValueError refuses the value of a key."""
+    try:
+        yield
+    except ValueError as error:
+        refuse(key, value, error)
 
 
 def parse_args(Args, description, argv=None):
@@ -293,7 +307,9 @@ def check_args(args):
     Returns all prompts of the run, those of training and of evaluation.
     """
     flat = _flatten(args)
-    for key, value in {**flat, **{f"reward {name}": weight for name, weight in args.reward.items()}}.items():
+    weights = [("reward", args.reward), ("eval.reward", args.eval.reward)]
+    weights = {f"{key} {name}": weight for key, named in weights for name, weight in named.items()}
+    for key, value in {**flat, **weights}.items():
         if isinstance(value, float) and not np.isfinite(value):
             refuse(key, value, "must be a finite number")
     for least, keys in AT_LEAST.items():
@@ -826,13 +842,19 @@ def _stepping(cls):
     """A subclass of a scheduler's class whose `step()` is handed to a listener."""
 
     def step(self, model_output, timestep, sample, *args, return_dict=True, **kwargs):
-        x_next = self.listener(self, model_output, timestep, sample)
+        x_next = self.listener.step(self, model_output, timestep, sample)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x_next) if return_dict else (x_next,)
 
     def scale_model_input(self, sample, timestep=None):  # called where the class is not diffusers' very own
         return sample
 
-    members = {"step": step, "scale_model_input": scale_model_input, "__module__": cls.__module__}
+    def deepcopy(self, memo):  # with a copy a pipeline steps latents of another kind, sound: that stays its own ODE
+        twin = copy.copy(self)
+        twin.step = functools.partial(self.listener.method, "step", functools.partial(cls.step, twin))
+        return twin
+
+    members = {"step": step, "scale_model_input": scale_model_input, "__deepcopy__": deepcopy}
+    members |= {"__module__": cls.__module__}
     return type(cls.__name__, (cls,), members)
 
 
@@ -844,7 +866,7 @@ def _taped(pipe, listener):
             if name.startswith(("encode_", "prepare_", "generate_")) and callable(getattr(pipe, name)):
                 setattr(pipe, name, functools.partial(listener.method, name, getattr(pipe, name)))
                 stack.callback(delattr, pipe, name)
-        stack.enter_context(_routed(pipe.scheduler, _stepping, listener.step))
+        stack.enter_context(_routed(pipe.scheduler, _stepping, listener))
         for denoiser in denoisers(pipe).values():
             stack.enter_context(_routed(denoiser, _listening, listener.denoiser))
         yield
@@ -1053,16 +1075,70 @@ def group_metrics(rollouts, totals, group_size):
     }
 
 
+class Judge:
+    """A reward in a thread of its own, which scores the images of one call while the pipeline samples the next."""
+
+    def __init__(self, reward):
+        self.reward, self.thread, self.calls = reward, ThreadPoolExecutor(1), []
+
+    def submit(self, images, prompts):
+        """Score these images next. Raises here what the reward raised for the last ones: the run ends at once."""
+        if self.calls:
+            self.calls[-1].result()
+        self.calls.append(self.thread.submit(self.reward, images, prompts))
+
+    def scores(self):
+        """{"name": (N,), ..., "total": (N,)} of all that was submitted since the last time, in that order."""
+        scores = [call.result() for call in self.calls]
+        self.calls = []
+        return {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
+
+
+def image_statistics(images):
+    """{"name": (N,)}: how images look, whatever they show; a policy that hacks its reward often moves one of these.
+
+    images: (N, 3, H, W) in [0, 1], or videos (N, frames, 3, H, W), of which the frames' mean is taken. Grey is the
+    mean of the three channels; a neighbour is one pixel to the left, right, above or below.
+
+    mean: of all values; 0 black to 1 white.
+    contrast: standard deviation of all values; 0 to 0.5.
+    sharpness: mean |grey of a pixel - mean of its four neighbours'|; 0 to 1, a checkerboard of pixels.
+    edge_density: share of the pairs of neighbours whose grey differs by more than 0.1; 0 to 1.
+    saturation: mean of (max - min) / max of a pixel's channels, that of HSV; 0 grey to 1 pure colours.
+    """
+    frames = images.float().flatten(0, -4)
+    grey = frames.mean(dim=1)
+    around = (grey[:, 1:-1, :-2] + grey[:, 1:-1, 2:] + grey[:, :-2, 1:-1] + grey[:, 2:, 1:-1]) / 4
+    steps = torch.cat([grey.diff(dim=1).flatten(1), grey.diff(dim=2).flatten(1)], dim=1)
+    most, least = frames.amax(dim=1), frames.amin(dim=1)
+    statistics = {
+        "mean": frames.flatten(1).mean(dim=1),
+        "contrast": frames.flatten(1).std(dim=1, correction=0),
+        "sharpness": (grey[:, 1:-1, 1:-1] - around).abs().flatten(1).mean(dim=1),
+        "edge_density": (steps.abs() > 0.1).float().mean(dim=1),
+        "saturation": ((most - least) / most.clamp(min=1e-6)).flatten(1).mean(dim=1),
+    }
+    return {name: value.reshape(len(images), -1).mean(dim=1) for name, value in statistics.items()}
+
+
+SHOWN = 32  # images of an evaluation that are kept and drawn
+FRAMES = 8  # of a video among them
+
+
 @torch.no_grad()
 def evaluate(pipe, args, prompts, reward):
-    """Images of the evaluation prompts under the plain pipeline, and their rewards.
+    """Make images of the evaluation prompts with the plain pipeline, and look at them.
 
-    Returns (images (N, 3, H, W), prompts of length N, {"name": (N,), ..., "total": (N,)}).
+    Returns (prompts of length N, scores {"name": (N,), ..., "total": (N,)}, statistics {"name": mean}, shown). The
+    statistics are those of image_statistics and, where a prompt has several images, group_spread: std of a pixel over
+    them, averaged. shown: {i: (frames, H, W, 3) uint8} for a few images, evenly taken, as are the frames of a video.
     """
-    prompts = [prompt for prompt in prompts for _ in range(args.eval.images_per_prompt)]
+    each = args.eval.images_per_prompt
+    prompts = [prompt for prompt in prompts for _ in range(each)]
     noise = generators(*((args.eval.seed, i) for i in range(len(prompts))))
     height, width = size(args.eval.resolution)
-    images, rewards = [], defaultdict(list)
+    judge, shown, looks = Judge(reward), dict.fromkeys(evenly(len(prompts), SHOWN)), defaultdict(list)
+    group = []  # the images so far of a prompt that has not all of its images
     for start in progress(range(0, len(prompts), args.eval.per_device_batch_size), "evaluation"):
         batch = slice(start, start + args.eval.per_device_batch_size)
         call = dict(
@@ -1074,27 +1150,49 @@ def evaluate(pipe, args, prompts, reward):
             guidance_scale=args.eval.guidance_scale,
         )
         with autocast(pipe):
-            image = pipe(**_copy({**call, **args.call}), output_type="pt", return_dict=False)[0].float()
-        for name, value in reward(image, prompts[batch]).items():
-            rewards[name].append(value.cpu())
-        images.append(image.cpu())
-    return torch.cat(images), prompts, {name: torch.cat(values) for name, values in rewards.items()}
+            images = pipe(**_copy({**call, **args.call}), output_type="pt", return_dict=False)[0].float()
+        judge.submit(images, prompts[batch])
+        for name, value in image_statistics(images).items():
+            looks[name].append(value)
+        for i, image in enumerate(images, start):
+            if i in shown:
+                frames = image[evenly(len(image), FRAMES)] if image.ndim == 4 else image[None]
+                shown[i] = (frames.permute(0, 2, 3, 1) * 255).round().clamp(0, 255).byte().cpu().numpy()
+            group.append(image)
+            if len(group) == each:
+                looks["group_spread"] += [torch.stack(group).std(dim=0).mean()[None]] if each > 1 else []
+                group = []
+    scores = {name: value.cpu() for name, value in judge.scores().items()}
+    return prompts, scores, {name: torch.cat(value).mean().item() for name, value in looks.items() if value}, shown
 
 
-def save_grid(path, images, prompts, totals, most=32):
-    """A PNG of up to `most` images, evenly taken, with the prompt and the reward under each."""
-    chosen = [int(i) for i in np.linspace(0, len(images) - 1, min(most, len(images)))]
-    scale = max(1, 128 // images.shape[-1])
-    height, width = images.shape[-2] * scale, images.shape[-1] * scale
-    columns = min(8, len(chosen))
-    rows = -(-len(chosen) // columns)
+def evenly(count, most):
+    """Up to `most` indices below count, evenly taken, the first and the last among them."""
+    return np.linspace(0, count - 1, min(most, count)).astype(int).tolist()
+
+
+def save_grid(path, shown, prompts, totals, base=None):
+    """A PNG of images (a row of frames for a video), each with its prompt and its reward under it.
+
+    shown: {i: (frames, H, W, 3) uint8}; prompts, totals: by the same i. base: (shown, totals) of the base model for
+    the same noise, drawn before each image (above each video), with its reward before the other.
+    """
+    tiles, captions = [], []
+    for i, frames in shown.items():
+        strips = [np.hstack(frames)] if base is None else [np.hstack(base[0][i]), np.hstack(frames)]
+        tiles.append(np.hstack(strips) if len(frames) == 1 else np.vstack(strips))
+        captions.append(f"{totals[i]:.3g}" if base is None else f"{base[1][i]:.3g} -> {totals[i]:.3g}")
+    side = next(iter(shown.values())).shape[2]
+    scale = max(1, 128 // side)
+    height, width = tiles[0].shape[0] * scale, tiles[0].shape[1] * scale
+    columns = min(max(1, 8 * side * scale // width), len(tiles))
+    rows = -(-len(tiles) // columns)
     sheet = Image.new("RGB", (columns * (width + 8), rows * (height + 44)), "white")
     draw = ImageDraw.Draw(sheet)
-    for place, i in enumerate(chosen):
+    for place, (i, tile) in enumerate(zip(shown, tiles, strict=True)):
         left, top = place % columns * (width + 8) + 4, place // columns * (height + 44) + 4
-        pixels = (images[i].permute(1, 2, 0) * 255).round().clamp(0, 255).byte().numpy()
-        sheet.paste(Image.fromarray(pixels).resize((width, height), Image.NEAREST), (left, top))
-        draw.text((left, top + height + 2), f"{_wrap(prompts[i], width // 6)}\n{totals[i]:.3g}", fill="black")
+        sheet.paste(Image.fromarray(tile).resize((width, height), Image.NEAREST), (left, top))
+        draw.text((left, top + height + 2), f"{_wrap(prompts[i], width // 6)}\n{captions[place]}", fill="black")
     sheet.save(path)
 
 
@@ -1210,14 +1308,22 @@ class Run:
 
     def evaluate(self, epoch, pipe, reward):
         """Evaluate, keep the grid and each image's rewards, and return the columns of metrics.csv."""
-        images, prompts, rewards = evaluate(pipe, self.args, self.eval_prompts, reward)
-        save_grid(self.folder / "images" / f"epoch_{epoch:04d}.png", images, prompts, rewards["total"])
-        with open(self.folder / "images" / f"epoch_{epoch:04d}.csv", "w", newline="") as file:
+        prompts, scores, statistics, shown = evaluate(pipe, self.args, self.eval_prompts, reward)
+        images = self.folder / "images"
+        if epoch == 0:
+            np.savez_compressed(images / "base.npz", totals=scores["total"], shown=np.stack(list(shown.values())))
+            base = None
+        else:  # from the file, which a resumed run has too
+            kept = np.load(images / "base.npz")
+            base = dict(zip(shown, kept["shown"], strict=True)), kept["totals"]
+        save_grid(images / f"epoch_{epoch:04d}.png", shown, prompts, scores["total"], base)
+        with open(images / f"epoch_{epoch:04d}.csv", "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["prompt", *rewards])
-            writer.writerows(zip(prompts, *(v.tolist() for v in rewards.values()), strict=True))
-        names = ["total", *(name for name in rewards if name != "total")]
-        return {f"eval/{name}": rewards[name].mean().item() for name in names}
+            writer.writerow(["prompt", *scores])
+            writer.writerows(zip(prompts, *(v.tolist() for v in scores.values()), strict=True))
+        names = ["total", *(name for name in scores if name != "total")]
+        rewards = {f"eval/{name}": scores[name].mean().item() for name in names}
+        return rewards | {f"eval/image/{name}": value for name, value in statistics.items()}
 
     def save_weights(self, pipe):
         """The trained weights in diffusers' own format: lora/ (with its alpha), or the denoiser's own folder."""
@@ -1225,6 +1331,7 @@ class Run:
         if self.args.finetune_type == "full":
             for name, module in trained.items():
                 module.save_pretrained(self.folder / name)
+            pipe.scheduler.save_pretrained(self.folder / "scheduler")
             return
         saves = inspect.signature(pipe.save_lora_weights).parameters if hasattr(pipe, "save_lora_weights") else {}
         whole = {}
@@ -1261,7 +1368,7 @@ CONSOLE = ("reward/total", "zero_std", "group_spread", "kl", "clip_fraction", "v
 
 def _console_line(row):
     shown = {key: row[f"train/{key}"] for key in CONSOLE if f"train/{key}" in row}
-    shown |= {key: value for key, value in row.items() if key.startswith("eval/")}
+    shown |= {k: value for k, value in row.items() if k.startswith("eval/") and not k.startswith("eval/image/")}
     values = "  ".join(f"{key} {value:.3g}" for key, value in shown.items())
     return f"epoch {row['epoch']:4d}  images {row['images']:7d}  {row['seconds']:6.0f} s  {values}"
 

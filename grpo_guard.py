@@ -72,6 +72,8 @@ class TrainArgs:
     """Advantages are clipped to ± this."""
     global_std: bool = False
     """Divide advantages by the standard deviation of all rewards of the epoch instead of the group's."""
+    advantage_aggregation: Literal["sum", "gdpo"] = "sum"
+    """Of several weighted rewards: sum takes the advantages of their sum, gdpo adds up those of each (group std)."""
     reweight: bool = True
     """Divide the loss of a step by its length h."""  # new in GRPO-Guard
     kl_type: Literal["v-based", "x-based"] = "v-based"
@@ -135,10 +137,13 @@ def check(args):
     if train.num_train_steps is not None and not 1 <= train.num_train_steps <= len(steps):
         refuse("train.num_train_steps", train.num_train_steps, f"there are {len(steps)} candidate steps to draw from")
     all_prompts = common.check_args(args)
-    try:
-        rewards.check_rewards(args.reward, all_prompts, args.reward_options)
-    except ValueError as error:
-        refuse("reward", args.reward, error)
+    asked = {**args.reward, **args.eval.reward}
+    with common.refusing("reward", args.reward):
+        rewards.check_rewards(args.reward, all_prompts)
+    with common.refusing("eval.reward", args.eval.reward):
+        rewards.check_rewards(asked, common.read_prompts(args.eval.prompts or args.prompts))
+    with common.refusing("reward_options", args.reward_options):
+        rewards.check_rewards(asked, options=args.reward_options)
 
 
 def candidate_steps(train):
@@ -169,6 +174,16 @@ def group_advantages(rewards, group_size, global_std=False):
     std = rewards.std(correction=0) if global_std else groups.std(dim=1, correction=0, keepdim=True)
     constant = (groups == groups[:, :1]).all(dim=1, keepdim=True)
     return torch.where(constant, 0, centred / (std + 1e-4)).reshape(-1)
+
+
+def gdpo_advantages(scores, weights, group_size):
+    """GDPO, arXiv 2601.05242: the weighted sum of each reward's own advantages in its groups, over the sum's std.
+
+    scores: {"name": (N,)}, groups contiguous; weights: {"name": weight}. Returns (N,), of mean 0 and, over the epoch,
+    std 1. So the scale of a reward does not count, only its weight; one that is constant in a group adds 0 there.
+    """
+    total = sum(weight * group_advantages(scores[name], group_size, False) for name, weight in weights.items())
+    return total / (total.std(correction=0) + 1e-4)
 
 
 def guard_log_ratio(x_next, old_mean, mean, std):  # new in GRPO-Guard
@@ -220,7 +235,8 @@ def main():
     device = common.pick_device(args)
     pipe = common.make_pipeline(args, device)
     parameters = list(common.trainable_parameters(pipe, args, train.seed).values())
-    reward = rewards.make_reward(args.reward, device, args.reward_options)
+    reward, eval_reward = rewards.make_rewards(args.reward, args.eval.reward, device, args.reward_options)
+    judge = common.Judge(reward)
     reference = None
     if train.kl_beta > 0:
         reference = Snapshot(parameters, device if train.ref_param_device == "same_as_model" else "cpu")
@@ -234,7 +250,7 @@ def main():
 
     def evaluate(epoch):
         with ema.loaded() if ema else nullcontext():
-            columns = run.evaluate(epoch, pipe, reward)
+            columns = run.evaluate(epoch, pipe, eval_reward)
             run.save_weights(pipe)
         return columns
 
@@ -248,7 +264,7 @@ def main():
         steps = drawn_steps(train, epoch)
         chosen = common.epoch_prompts(prompts, train.unique_sample_num_per_epoch, train.seed, epoch)
         images = [(group, member) for group in range(len(chosen)) for member in range(train.group_size)]
-        rollouts, totals = [], []
+        rollouts = []
         for batch in common.progress(common.batches(images, train.per_device_batch_size), "sampling and rewards"):
             start_seeds = [(train.seed, epoch, g, 0 if train.same_init_noise else m, 0) for g, m in batch]
             step_seeds = [(train.seed, epoch, g, m, 1) for g, m in batch]
@@ -262,12 +278,15 @@ def main():
                 **args.call,
             )
             tape = rollout(pipe, call, train.dynamics_type, train.noise_level, steps, generators(*step_seeds))
-            scores = reward(tape.images, call["prompt"])
-            metrics.add({f"reward/{name}": value.mean() for name, value in scores.items()})
+            judge.submit(tape.images.float(), call["prompt"])
             rollouts.append(tape)
-            totals.append(scores["total"])
-        totals = torch.cat(totals)
-        advantages = group_advantages(totals, train.group_size, train.global_std)
+        scores = judge.scores()
+        totals = scores["total"]
+        metrics.add({f"reward/{name}": value.mean() for name, value in scores.items()})
+        if train.advantage_aggregation == "gdpo":
+            advantages = gdpo_advantages(scores, args.reward, train.group_size)
+        else:
+            advantages = group_advantages(totals, train.group_size, train.global_std)
         advantages = advantages.split(train.per_device_batch_size)
         weights = step_weights(train, rollouts[0].sigmas.tolist())
         metrics.add(common.group_metrics(rollouts, totals, train.group_size))

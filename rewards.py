@@ -862,19 +862,32 @@ def make_reward(weights, device, options=None):
     """The weighted sum of rewards.
 
     weights: {"name": weight}, at least one. options: {"name.option": value}, among them the `device` of any reward.
-    Returns fn(images, prompts) -> {"name": (B,), ..., "total": (B,)}, float32 on the images' device. Raises ValueError
-    for an unknown name or option and RewardError for a model that does not load; fn raises RewardError, naming the
-    reward, where one returns anything but B finite numbers.
+    Returns fn(images, prompts) -> {"name": (B,), ..., "total": (B,)}, float32 on the images' device. Of a video
+    (B, frames, 3, H, W) a reward scores each frame, and the mean of them counts; a function with an attribute
+    takes_video gets it whole. Raises ValueError for an unknown name or option and RewardError for a model that does
+    not load; fn raises RewardError, naming the reward, where one returns anything but B finite numbers.
     """
-    check_rewards(weights, options=options)
-    functions = {name: _made(name, device, options or {}) for name in weights}
+    return make_rewards(weights, {}, device, options)[0]
 
-    @torch.no_grad()
-    def reward(images, prompts):
-        values = {name: _checked(name, fn, images, list(prompts)) for name, fn in functions.items()}
-        return values | {"total": sum(weights[name] * value for name, value in values.items())}
 
-    return reward
+def make_rewards(weights, eval_weights, device, options=None):
+    """(reward, eval_reward): that of training as `make_reward` says, and one with the total of eval_weights.
+
+    The second scores the images by the rewards of both; without eval_weights its total is that of the first.
+    """
+    asked = {**weights, **eval_weights}
+    check_rewards(asked, options=options)
+    functions = {name: _made(name, device, options or {}) for name in asked}
+
+    def weighted(names, weights):
+        @torch.no_grad()
+        def reward(images, prompts):
+            values = {name: _checked(name, functions[name], images, list(prompts)) for name in names}
+            return values | {"total": sum(weight * values[name] for name, weight in weights.items())}
+
+        return reward
+
+    return weighted(weights, weights), weighted(asked, eval_weights or weights)
 
 
 def _made(name, device, options):
@@ -894,6 +907,10 @@ class RewardError(SystemExit, ValueError):
 
 
 def _checked(name, function, images, prompts):
+    frames = 1
+    if images.ndim == 5 and not getattr(function, "takes_video", False):
+        frames = images.shape[1]
+        images, prompts = images.flatten(0, 1), [prompt for prompt in prompts for _ in range(frames)]
     try:
         value = torch.as_tensor(function(images, prompts), dtype=torch.float32, device=images.device)
     except Exception as error:
@@ -904,4 +921,4 @@ def _checked(name, function, images, prompts):
     if not value.isfinite().all():
         bad = int((~value.isfinite()).nonzero()[0])
         raise RewardError(name, f"returned {value[bad].item()} for image {bad}")
-    return value
+    return value.reshape(-1, frames).mean(dim=1)

@@ -441,6 +441,54 @@ def ltx():
     return pipe, arguments(32, num_frames=9, max_sequence_length=48)
 
 
+def ltx2():
+    text = DECODER | dict(hidden_size=16, intermediate_size=16, head_dim=8)
+    vision = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    gemma3 = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    transformer = diffusers.LTX2VideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=4,
+        audio_cross_attention_dim=8, num_layers=2, caption_channels=16, rope_double_precision=False, rope_type="split",
+    )  # fmt: skip
+    connector = dict(num_attention_heads=2, attention_head_dim=8, num_layers=1, num_learnable_registers=None)
+    connectors = diffusers.pipelines.ltx2.LTX2TextConnectors(
+        caption_channels=16, text_proj_in_factor=3, connector_rope_base_seq_len=32, rope_double_precision=False,
+        rope_theta=1e4, causal_temporal_positioning=False, rope_type="split",
+        **{f"{kind}_connector_{name}": value for kind in ("video", "audio") for name, value in connector.items()},
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLLTX2Video(
+        latent_channels=4, block_out_channels=(8,), decoder_block_out_channels=(8,), layers_per_block=(1,),
+        decoder_layers_per_block=(1, 1), spatio_temporal_scaling=(True,), decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False), downsample_type=("spatial",), upsample_residual=(False,),
+        upsample_factor=(1,), patch_size=1, patch_size_t=1,
+    )  # fmt: skip
+    vae.use_framewise_encoding = vae.use_framewise_decoding = False
+    sound = diffusers.AutoencoderKLLTX2Audio(
+        base_channels=4, output_channels=2, ch_mult=(1,), num_res_blocks=1, in_channels=2, resolution=32,
+        latent_channels=2, mid_block_add_attention=False, mel_bins=8,
+    )  # fmt: skip
+    vocoder = diffusers.pipelines.ltx2.LTX2Vocoder(
+        in_channels=16, hidden_channels=32, out_channels=2, upsample_kernel_sizes=[4, 4], upsample_factors=[2, 2],
+        resnet_kernel_sizes=[3], resnet_dilations=[[1, 3, 5]], output_sampling_rate=16000,
+    )  # fmt: skip
+    pipe = build(
+        diffusers.LTX2Pipeline,
+        flow(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, shift_terminal=0.1),
+        transformer=transformer,
+        vae=vae,
+        audio_vae=sound,
+        text_encoder=transformers.Gemma3ForConditionalGeneration(gemma3),
+        tokenizer=tokenizer(),
+        connectors=connectors,
+        vocoder=vocoder,
+    )
+    return pipe, arguments(
+        32, num_frames=5, frame_rate=25.0, max_sequence_length=48, spatio_temporal_guidance_blocks=[1]
+    )
+
+
 def lumina():
     transformer = diffusers.LuminaNextDiT2DModel(
         sample_size=16, patch_size=2, in_channels=4, hidden_size=32, num_layers=2, num_attention_heads=2,
@@ -767,7 +815,7 @@ FAMILIES = CORE | {
     f.__name__: f
     for f in (
         stable_diffusion_3_skip_layers, flux_true_cfg, flux2_klein, qwen_image, sana, lumina2, aura_flow, cogview4,
-        chroma, hunyuan_image, wan_two_denoisers, wan_expanded_timesteps, ltx,
+        chroma, hunyuan_image, wan_two_denoisers, wan_expanded_timesteps, ltx, ltx2,
         lumina, mochi, bria, ovis, kandinsky5, krea2, hunyuan_video, hidream, sana_video, ernie,
         qwen_image_21, longcat, motif_video, hunyuan_video_15, nucleus_moe, bria_fibo, kandinsky5_video,
     )
