@@ -1051,19 +1051,17 @@ class Run:
         settings, environment = _settings(args), _environment(args, script)
         self.folder = Path(args.resume) if args.resume else _new_folder(args, script)
         try:
-            (self.folder / "images").mkdir(parents=True, exist_ok=True)
+            if not args.resume:
+                with whole(self.folder) as folder:
+                    (folder / "images").mkdir()
+                    (folder / "environment.yaml").write_text(yaml.safe_dump(environment, sort_keys=False))
+                    (folder / "args.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+                    shutil.copy(script, folder)
             self._lock()
-            if args.resume:
-                began = yaml.safe_load((self.folder / "environment.yaml").read_text())
-                notes = _compare(args, began, environment)
-                self.checkpoint = newest_checkpoint(self)
-            else:
-                began, notes, self.checkpoint = environment, [], None
-                write_file(self.folder / "environment.yaml", yaml.safe_dump(environment, sort_keys=False))
-                shutil.copy(script, self.folder)
-            write_file(
-                self.folder / "args.yaml", yaml.safe_dump(settings, sort_keys=False)
-            )  # last: this makes it a run
+            began = yaml.safe_load((self.folder / "environment.yaml").read_text())
+            notes = _compare(args, began, environment)
+            self.checkpoint = newest_checkpoint(self)
+            write_file(self.folder / "args.yaml", yaml.safe_dump(settings, sort_keys=False))
         except OSError as error:
             refuse("output_dir", args.output_dir, f"cannot write {self.folder}: {error.strerror}")
         Run.current = self
@@ -1145,7 +1143,7 @@ class Run:
             try:
                 return reward(images, prompts)
             except ValueError as error:  # which is what rewards.py makes of all failures
-                with replacing(self.folder / "failed_reward") as folder:
+                with whole(self.folder / "failed_reward", replace=True) as folder:
                     for i, image in enumerate(images.flatten(0, -4)):  # the frames of videos, one after another
                         pixels = (image.float().permute(1, 2, 0) * 255).round().clamp(0, 255).byte()
                         Image.fromarray(pixels.cpu().numpy()).save(folder / f"{i:04d}.png")
@@ -1177,23 +1175,21 @@ class Run:
         trained = denoisers(pipe)
         if self.args.finetune_type == "full":
             for name, module in trained.items():
-                with replacing(self.folder / name) as folder:
+                with whole(self.folder / name, replace=True) as folder:
                     module.save_pretrained(folder)
             return
         saves = inspect.signature(pipe.save_lora_weights).parameters if hasattr(pipe, "save_lora_weights") else {}
-        whole = {}
-        with replacing(self.folder / "lora") as folder:
+        layers = {}
+        with whole(self.folder / "lora", replace=True) as folder:
             for name, module in trained.items():
                 if f"{name}_lora_layers" in saves:
-                    whole[f"{name}_lora_layers"] = peft.get_peft_model_state_dict(module)
-                    # without its metadata a LoRA is loaded again with another alpha; sets have no order to write down
-                    config = module.peft_config["default"].to_dict()
-                    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-                    whole[f"{name}_lora_adapter_metadata"] = config
+                    layers[f"{name}_lora_layers"] = peft.get_peft_model_state_dict(module)
+                    # without its metadata a LoRA is loaded again with another alpha
+                    layers[f"{name}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
                 else:  # load it with pipe.<name>.load_lora_adapter(folder, prefix=None, use_safetensors=True)
                     module.save_lora_adapter(folder / name)
-            if whole:
-                pipe.save_lora_weights(folder, **whole)
+            if layers:
+                pipe.save_lora_weights(folder, **layers)
 
 
 def print_plan(run, args, parameters, trained_steps, networks):
@@ -1303,8 +1299,11 @@ def write_file(path, text):
 
 
 @contextmanager
-def replacing(folder):
-    """An empty folder to fill, which then takes the place of `folder`; where that fails nothing of it is left."""
+def whole(folder, replace=False):
+    """An empty folder to fill, which then becomes `folder`; where that fails nothing of it is left.
+
+    What was there before goes only at the end, and only with `replace`; without, it may be an empty folder.
+    """
     new = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -1315,7 +1314,8 @@ def replacing(folder):
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    shutil.rmtree(folder, ignore_errors=True)
+    if replace:
+        shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
     sync(folder.parent)
 
@@ -1346,6 +1346,8 @@ def damage(checkpoint):
 
 def newest_checkpoint(run):
     """The newest checkpoint of a run that is whole, or None if no epoch was finished; newer ones are set aside."""
+    for left in (run.folder / "checkpoints").glob("*.tmp"):  # by a process that was killed
+        shutil.rmtree(left)
     damaged = {}
     for checkpoint in reversed(checkpoints(run.folder)):
         if reason := damage(checkpoint):
@@ -1359,8 +1361,8 @@ def newest_checkpoint(run):
         return checkpoint
     table = run.folder / "metrics.csv"
     if damaged or (table.is_file() and len(table.read_text().splitlines()) > 2):  # more than epoch 0
-        whole = "; ".join(f"{bad.name}: {reason}" for bad, reason in damaged.items()) or "there is none"
-        refuse("resume", str(run.folder), f"has no checkpoint that is whole ({whole})")
+        found = "; ".join(f"{bad.name}: {reason}" for bad, reason in damaged.items()) or "there is none"
+        refuse("resume", str(run.folder), f"has no checkpoint that is whole ({found})")
 
 
 class Checkpoint:
@@ -1413,7 +1415,7 @@ class Checkpoint:
             "in_a_row": run.in_a_row if run.in_a_row < MOST_SKIPPED else 0,
             **{"random": random.getstate(), "numpy": [algorithm, key.tolist(), *rest]},
         }
-        with replacing(run.folder / "checkpoints" / f"epoch_{epoch:04d}") as folder:
+        with whole(run.folder / "checkpoints" / f"epoch_{epoch:04d}") as folder:
             save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "tensors.safetensors")
             (folder / "state.json").write_text(json.dumps(state))
             sums = "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir()))
@@ -1428,6 +1430,8 @@ class Checkpoint:
         if run.checkpoint is None:
             if run.args.resume:
                 run.print("no epoch was finished; beginning again")
+            random.seed(run.args.train.seed)  # torch's generator was seeded for the adapters
+            np.random.seed(run.args.train.seed)
             return 0, 0
         tensors = load_file(run.checkpoint / "tensors.safetensors")
         state = json.loads((run.checkpoint / "state.json").read_text())
