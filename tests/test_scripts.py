@@ -95,13 +95,6 @@ def test_the_rows_follow_the_rewards(run):
     assert last["eval/total"] == pytest.approx(total, rel=1e-5)
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run(run, monkeypatch):
-    loss = grpo.grpo_loss
-    monkeypatch.setattr(grpo, "grpo_loss", lambda *a: (loss(*a)[0] * float("nan"), {}))
-    with pytest.raises(SystemExit, match="the gradient is nan"):
-        run()
-
-
 def test_one_update_per_epoch_is_on_policy(run):
     rows = read_csv(run("--train.gradient-step-per-epoch", 1) / "metrics.csv")
     for row in rows[1:]:
