@@ -417,6 +417,10 @@ def test_commands_of_the_readme(tmp_path, monkeypatch, command):
     _, script, *argv = shlex.split(command, comments=True)
     script = importlib.import_module(script.removesuffix(".py"))
     monkeypatch.chdir(tmp_path)
+    if "--resume" in argv:
+        begun = tmp_path / argv[argv.index("--resume") + 1]
+        begun.mkdir(parents=True)
+        (begun / "args.yaml").write_text(yaml.safe_dump(common._settings(common.parse_args(script.Args, "", [])[0])))
     if "/" in command.partition("--model")[2]:
         monkeypatch.setattr(common, "check_model", lambda args: None)  # it would ask the hub
     if "--help" in argv:
