@@ -395,8 +395,10 @@ def test_every_kind_of_state_is_taken_up(start, stopped, resume, script, options
 def test_rows_after_the_checkpoint_are_cut(stopped, resume, tmp_path, capsys):
     stopped(grpo)
     assert [row["epoch"] for row in rows_of(tmp_path / "run")] == ["0", "1", "2"]
+    resume(grpo, "--train.max-epochs", 1)  # which does nothing else
+    assert [row["epoch"] for row in rows_of(tmp_path / "run")] == ["0", "1"]
     capsys.readouterr()
-    resume(grpo)
+    resume(grpo, "--train.max-epochs", 2)
     said = capsys.readouterr().out
     assert "resumed: epochs up to 1 are done" in said and "epoch    2" in said and "epoch    1" not in said
     rows = read_csv(tmp_path / "run" / "metrics.csv")
