@@ -12,13 +12,20 @@ import copy
 import csv
 import dataclasses
 import difflib
+import errno
+import fcntl
 import functools
+import hashlib
 import importlib.util
 import inspect
+import io
 import json
 import os
 import platform
+import random
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -43,6 +50,8 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from tqdm import tqdm
 
@@ -121,7 +130,7 @@ class RunArgs:
     """Train low-rank adapters or the whole denoiser."""
     lora_rank: int = 32
     """Rank of the adapters."""
-    lora_alpha: float = 64
+    lora_alpha: float = 64.0
     """Scale of the adapters: they add alpha / rank times their product."""
     target_modules: tuple[str, ...] = (
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
@@ -151,6 +160,15 @@ class RunArgs:
     """Where the run folder is made."""
     run_name: Optional[str] = None
     """Name of the run folder; the script's name and the time by default."""
+    resume: Optional[str] = None
+    """Continue a run exactly: its folder, or its name in output_dir. Its arguments are taken from there, and others are
+    refused, but for these, which do not change what it computes: train.max_epochs (a later end; the old one stays
+    evaluated), train.enable_gradient_checkpointing, train.ref_param_device, device, offload, checkpoint_freq,
+    keep_checkpoints, track and tensorboard."""
+    checkpoint_freq: int = 1
+    """Epochs between checkpoints, which are what a run can be resumed from; the last epoch always leaves one."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept."""
     track: bool = False
     """Log to Weights & Biases."""
     tensorboard: bool = False
@@ -176,25 +194,39 @@ def refusing(key, value):
         refuse(key, value, error)
 
 
+ON_RESUME = (
+    *("train.max_epochs", "train.enable_gradient_checkpointing", "train.ref_param_device", "device", "offload"),
+    *("checkpoint_freq", "keep_checkpoints", "track", "tensorboard"),
+    *("resume", "config", "output_dir", "run_name"),  # these name the run
+)
+
+
 def parse_args(Args, description, argv=None):
-    """Read an instance of the dataclass Args from its four layers.
+    """Read an instance of the dataclass Args from its four layers; on --resume the run's args.yaml is the lowest.
 
     Returns (args, sources): sources maps a dotted key to (value, where it came from) for all that is not the script's.
-    Ends with exit status 2 and a message at an unknown key, a value of a wrong type or a missing file.
+    Ends with exit status 2 and a message at an unknown key, a value of a wrong type, a missing file, or an argument
+    that would change a resumed run.
     """
     argv = sys.argv[1:] if argv is None else argv
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--model", default=None)
     files.add_argument("--config", default=None)
+    files.add_argument("--resume", default=None)
+    files.add_argument("--output-dir", "--output_dir", default=RunArgs.output_dir)
     known, _ = files.parse_known_args(argv)
     args = Args()
     trainer = args.train.trainer_type
 
     config = _read_yaml("config", known.config, trainer, Args) if known.config else {}
     model = Path(str(known.model or config.get("model") or args.model))
-    defaults = {}
-    if (model / "defaults.yaml").is_file():
-        defaults = _read_yaml("model", model / "defaults.yaml", trainer, Args)
+    defaults, lowest = {}, model / "defaults.yaml"
+    if known.resume:
+        run = find_run(known.resume, known.output_dir)
+        lowest = run / "args.yaml"
+        defaults = _read_yaml("resume", lowest, trainer, Args)
+    elif lowest.is_file():
+        defaults = _read_yaml("model", lowest, trainer, Args)
         for section in (defaults, defaults.get("eval", {})):
             if section.get("prompts"):  # a model folder names files beside itself
                 section["prompts"] = os.path.relpath(model / section["prompts"])
@@ -202,7 +234,7 @@ def parse_args(Args, description, argv=None):
     sources = {}
     _said_by.clear()
     layers = [
-        (f"{model / 'defaults.yaml'}", _tokens(defaults)),
+        (str(lowest), _tokens(defaults)),
         (known.config, _tokens(config)),
         ("the command line", argv),
     ]
@@ -218,8 +250,26 @@ def parse_args(Args, description, argv=None):
             raise
         args.call = {**before["call"], **args.call}
         sources |= {key: (value, source) for key, value in _flatten(args).items() if value != before[key]}
+        if source == layers[0][0]:
+            recorded = _flatten(args)
     _said_by.update({key: source for key, (_, source) in sources.items() if source != layers[-1][0]})
+    if known.resume:
+        for key, (value, source) in sources.items():
+            same_file = key.endswith("prompts") and _absolute(value) == recorded[key]
+            if source != layers[0][0] and key not in ON_RESUME and not same_file:
+                refuse(key, value, f"{run} was begun with {recorded[key]!r}, and this would change it; leave it out")
+        if args.run_name not in (None, run.name):
+            refuse("run_name", args.run_name, f"--resume continues {run} under its own name; leave it out")
+        args.resume, args.output_dir, args.run_name = str(run), str(run.parent), run.name
     return args, sources
+
+
+def find_run(name, output_dir):
+    """The folder of a run, given itself or its name in output_dir."""
+    for folder in (Path(name), Path(output_dir) / name):
+        if (folder / "args.yaml").is_file():
+            return folder
+    refuse("resume", name, f"there is no run: neither {name} nor {Path(output_dir) / name} has an args.yaml")
 
 
 def _read_yaml(key, path, trainer, Args):
@@ -288,9 +338,9 @@ def _flatten(args, prefix=""):
 
 
 AT_LEAST = {
-    1: "cpu_threads lora_rank train.num_inference_steps train.per_device_batch_size train.unique_sample_num_per_epoch "
-    "train.num_inner_epochs train.ema_update_interval eval.num_inference_steps eval.per_device_batch_size "
-    "eval.images_per_prompt eval.eval_freq",
+    1: "cpu_threads lora_rank checkpoint_freq keep_checkpoints train.num_inference_steps train.per_device_batch_size "
+    "train.unique_sample_num_per_epoch train.num_inner_epochs train.ema_update_interval eval.num_inference_steps "
+    "eval.per_device_batch_size eval.images_per_prompt eval.eval_freq",
     0: "train.max_epochs train.learning_rate train.kl_beta train.ema_decay train.guidance_scale train.adam_epsilon "
     "train.adam_weight_decay train.seed train.old_decay_start train.old_decay_slope eval.guidance_scale eval.seed",
 }
@@ -363,7 +413,7 @@ def check_args(args):
     if name is not None and (name in ("", ".", "..") or Path(name).name != name):
         refuse("run_name", name, "must be the name of a folder, without a path")
     folder = Path(args.output_dir) / (name or "")
-    if name and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if name and not args.resume and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         refuse("run_name", name, f"{folder} already holds a run; choose another name or remove it")
     check_model(args)
     if not args.prompts:
@@ -1052,6 +1102,10 @@ class Metrics:
     def means(self, prefix):
         return {f"{prefix}{name}": torch.stack(values).mean().item() for name, values in self.values.items()}
 
+    def first_not_finite(self):
+        """The name of the first scalar with a value that is not finite, in the order they were first added; or None."""
+        return next((name for name, values in self.values.items() if not torch.stack(values).isfinite().all()), None)
+
 
 def silent_groups(totals, group_size):
     """Which groups have rewards that are all equal, and so say nothing. totals: (N,); returns (groups,) booleans."""
@@ -1203,30 +1257,26 @@ def _wrap(text, width, lines=2):
     return "\n".join(out[:lines])
 
 
-def step_optimizer(optimizer, parameters, max_grad_norm):
-    """Clip the gradients and take an optimizer step. Returns the norm before clipping; ends the run if not finite."""
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    if not grad_norm.isfinite():
-        raise RunError(f"the gradient is {grad_norm.item()}; the weights of the last evaluation are kept")
-    optimizer.step()
+def step_optimizer(run, optimizer, named, update, max_grad_norm):
+    """Clip the gradients and take an optimizer step; where a loss or a gradient is not finite, skip it and say so.
+
+    named: {name: parameter}; update: the Metrics of this update, with each `loss` in it. Returns its means and the norm
+    of the gradient before clipping; nothing of an update that was skipped.
+    """
+    gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
+    norm = torch.nn.utils.get_total_norm(gradients.values())
+    finite = torch.stack([norm.float(), *update.values.get("loss", ())]).isfinite().all()
+    if finite:
+        torch.nn.utils.clip_grads_with_norm_(named.values(), max_grad_norm, norm)
+        optimizer.step()
+    else:
+        culprits = (f"the gradient of {name}" for name, g in gradients.items() if not g.isfinite().all())
+        run.skip(update.first_not_finite() or next(culprits, "the norm of the gradient"))
     optimizer.zero_grad()
-    return grad_norm
-
-
-class RunError(SystemExit):
-    """Ends a run that has begun with one line."""
-
-    def __init__(self, message):
-        super().__init__(f"error: {message}")
-
-
-def start(main):
-    """Run a script; an interrupt ends it with a line instead of a traceback."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("interrupted; the run folder has the weights and images of the last evaluation", file=sys.stderr)
-        raise SystemExit(130) from None
+    if not finite:
+        return {}
+    run.in_a_row = 0 if run.in_a_row < MOST_SKIPPED else run.in_a_row
+    return {**update.means(""), "grad_norm": norm}
 
 
 def progress(items, what):
@@ -1241,29 +1291,38 @@ def progress(items, what):
 class Run:
     """A folder runs/<run_name>/ with all that a run was and did; it is made before the model is loaded."""
 
+    current = None  # the run of this process, for what has to end it from outside the loop
+
     def __init__(self, args, sources, script):
-        name = args.run_name or time.strftime(f"{Path(script).stem}-%Y%m%d-%H%M%S")
-        self.folder = Path(args.output_dir) / name
-        for attempt in range(2, 100):
-            if args.run_name or not self.folder.exists():
-                break
-            self.folder = Path(args.output_dir) / f"{name}-{attempt}"
-        try:
-            (self.folder / "images").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            refuse("output_dir", args.output_dir, f"cannot make {self.folder}: {error.strerror}")
         self.args, self.rows, self.started = args, [], time.time()
+        self.skipped, self.in_a_row = 0, 0  # updates skipped since the last row, and without one taken in between
+        self.interrupted = None  # the signal that asks the run to end after this epoch
+        self.in_loop = False
         self.eval_prompts = read_prompts(args.eval.prompts or args.prompts)
-        settings = dataclasses.asdict(args) | {"run_name": None, "config": None, "prompts": _absolute(args.prompts)}
-        settings["eval"]["prompts"] = _absolute(args.eval.prompts)
-        (self.folder / "args.yaml").write_text(yaml.safe_dump(_plain(settings), sort_keys=False))
-        (self.folder / "environment.yaml").write_text(yaml.safe_dump(_environment(), sort_keys=False))
-        shutil.copy(script, self.folder)
+        settings, environment = _settings(args), _environment(args, script)
+        self.folder = Path(args.resume) if args.resume else _new_folder(args, script)
+        try:
+            if not args.resume:
+                with whole(self.folder) as folder:
+                    (folder / "images").mkdir()
+                    (folder / "environment.yaml").write_text(yaml.safe_dump(environment, sort_keys=False))
+                    (folder / "args.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+                    shutil.copy(script, folder)
+            self._lock()
+            began = yaml.safe_load((self.folder / "environment.yaml").read_text())
+            notes = _compare(args, began, environment)
+            self.checkpoint = newest_checkpoint(self)
+            write_file(self.folder / "args.yaml", yaml.safe_dump(settings, sort_keys=False))
+        except OSError as error:
+            refuse("output_dir", args.output_dir, f"cannot write {self.folder}: {error.strerror}")
+        Run.current = self
         self.trackers = []
         if args.track:
             import wandb
 
-            wandb.init(project="flow-rl", name=self.folder.name, dir=self.folder, config=settings)
+            name = self.folder.name
+            same = {"id": f"{name}-{began['started']}", "resume": "allow"}
+            wandb.init(project="flow-rl", name=name, dir=self.folder, config=settings, **same)
             self.trackers.append(lambda row: wandb.log(row, step=row["epoch"]))
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -1274,6 +1333,23 @@ class Run:
         for source in dict.fromkeys(source for _, source in sources.values()):
             said = [f"{key} {value}" for key, (value, where) in sources.items() if where == source]
             self.print(f"from {source}: {', '.join(said)}")
+        for note in notes:
+            self.print(f"note: {note}")
+
+    def _lock(self):
+        """One process to a run; the lock goes with the process, however it ends."""
+        lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refuse("resume", str(self.folder), "another process is working on this run")
+        except OSError:  # a file system without locks
+            pass
+
+    @property
+    def command(self):
+        """What continues this run, typed where it was begun."""
+        return f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(self.folder))}"
 
     def print(self, line=""):
         """A line on the console and in log.txt."""
@@ -1286,19 +1362,47 @@ class Run:
         """One row of metrics.csv ({column: number}), one console line with the most telling of them."""
         seconds = round(time.time() - self.started, 2)
         row = {"epoch": row.pop("epoch"), "images": row.pop("images"), "seconds": seconds} | row
+        if row["epoch"]:
+            row["train/skipped"], self.skipped = self.skipped, 0
         self.rows.append(row)
-        columns = list(dict.fromkeys(key for row in self.rows[::-1] for key in row))
-        rank = {"train": 1, "eval": 2}
-        columns.sort(key=lambda key: rank.get(key.split("/")[0], 0))
-        temporary = self.folder / "metrics.csv.tmp"
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(temporary, self.folder / "metrics.csv")
+        self.write_metrics()
         for track in self.trackers:
             track(row)
         self.print(_console_line(row))
+
+    def write_metrics(self):
+        """metrics.csv, whole."""
+        columns = list(dict.fromkeys(key for row in self.rows[::-1] for key in row))
+        rank = {"train": 1, "eval": 2}
+        columns.sort(key=lambda key: rank.get(key.split("/")[0], 0))
+        table = io.StringIO()
+        writer = csv.DictWriter(table, columns)
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_file(self.folder / "metrics.csv", table.getvalue())
+
+    def skip(self, culprit):
+        """Count an update that was skipped because something in it, culprit, was not finite."""
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        self.culprit = culprit
+        self.print(f"update skipped, {self.in_a_row} in a row: {culprit} is not finite")
+
+    def watch(self, reward):
+        """The reward, but where it fails, the images and prompts of that call are kept."""
+
+        def watched(images, prompts):
+            try:
+                return reward(images, prompts)
+            except ValueError as error:  # which is what rewards.py makes of all failures
+                with whole(self.folder / "failed_reward", replace=True) as folder:
+                    for i, image in enumerate(images.flatten(0, -4)):  # the frames of videos, one after another
+                        pixels = (image.float().permute(1, 2, 0) * 255).round().clamp(0, 255).byte()
+                        Image.fromarray(pixels.cpu().numpy()).save(folder / f"{i:04d}.png")
+                    (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+                what = str(error).removeprefix("error: ")
+                raise RunError(f"{what}; its images and prompts are in {self.folder / 'failed_reward'}") from error
+
+        return watched
 
     def contract(self, what, value, holds):
         """One line of the first-step contract; ends the run if it does not hold."""
@@ -1330,20 +1434,23 @@ class Run:
         trained = denoisers(pipe)
         if self.args.finetune_type == "full":
             for name, module in trained.items():
-                module.save_pretrained(self.folder / name)
-            pipe.scheduler.save_pretrained(self.folder / "scheduler")
+                with whole(self.folder / name, replace=True) as folder:
+                    module.save_pretrained(folder)
+            with whole(self.folder / "scheduler", replace=True) as folder:
+                pipe.scheduler.save_pretrained(folder)
             return
         saves = inspect.signature(pipe.save_lora_weights).parameters if hasattr(pipe, "save_lora_weights") else {}
-        whole = {}
-        for name, module in trained.items():
-            if f"{name}_lora_layers" in saves:
-                whole[f"{name}_lora_layers"] = peft.get_peft_model_state_dict(module)
-                # without its metadata a LoRA is loaded again with another alpha
-                whole[f"{name}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
-            else:  # load it with pipe.<name>.load_lora_adapter(folder, prefix=None, use_safetensors=True)
-                module.save_lora_adapter(self.folder / "lora" / name)
-        if whole:
-            pipe.save_lora_weights(self.folder / "lora", **whole)
+        layers = {}
+        with whole(self.folder / "lora", replace=True) as folder:
+            for name, module in trained.items():
+                if f"{name}_lora_layers" in saves:
+                    layers[f"{name}_lora_layers"] = peft.get_peft_model_state_dict(module)
+                    # without its metadata a LoRA is loaded again with another alpha
+                    layers[f"{name}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
+                else:  # load it with pipe.<name>.load_lora_adapter(folder, prefix=None, use_safetensors=True)
+                    module.save_lora_adapter(folder / name)
+            if layers:
+                pipe.save_lora_weights(folder, **layers)
 
 
 def print_plan(run, args, parameters, trained_steps, networks):
@@ -1373,6 +1480,36 @@ def _console_line(row):
     return f"epoch {row['epoch']:4d}  images {row['images']:7d}  {row['seconds']:6.0f} s  {values}"
 
 
+def _new_folder(args, script):
+    """The folder of a new run; a time in its name may be taken already."""
+    name = args.run_name or time.strftime(f"{Path(script).stem}-%Y%m%d-%H%M%S")
+    folder = Path(args.output_dir) / name
+    for attempt in range(2, 100):
+        if args.run_name or not folder.exists():
+            break
+        folder = Path(args.output_dir) / f"{name}-{attempt}"
+    return folder
+
+
+def _settings(args):
+    """The arguments as args.yaml has them: those that repeat the run, not those that name it."""
+    settings = dataclasses.asdict(args) | {"run_name": None, "config": None, "resume": None}
+    settings["prompts"], settings["eval"]["prompts"] = _absolute(args.prompts), _absolute(args.eval.prompts)
+    return _plain(settings)
+
+
+def _compare(args, began, now):
+    """What is different at a resumption from when the run began, as lines; prompts that are different are refused."""
+    for key, path in (("prompts", args.prompts), ("eval.prompts", args.eval.prompts)):
+        if now["files"][key] != began["files"][key]:
+            refuse(key, path, "has changed since the run began; put it back as it was")
+    changed = [key for key in now if now[key] != began.get(key) and key not in ("command", "started", "files")]
+    lines = [f"{key} is {now[key]}, and was {began.get(key)} when the run began" for key in changed]
+    if now["files"]["script"] != began["files"]["script"]:
+        lines.append("the script is not the one that the run began with; a copy of that is in the run folder")
+    return lines
+
+
 def _absolute(path):
     return None if path is None else str(Path(path).resolve())
 
@@ -1383,8 +1520,8 @@ def _plain(settings):
     return list(settings) if isinstance(settings, tuple) else settings
 
 
-def _environment():
-    """The command, the versions and the commit of a run."""
+def _environment(args, script):
+    """The command, the versions, the commit and the checksums of the files of a run."""
     git = functools.partial(subprocess.run, cwd=HERE, capture_output=True, text=True)
     try:
         commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
@@ -1394,4 +1531,264 @@ def _environment():
     versions = {m.__name__: str(m.__version__) for m in (torch, diffusers, transformers, peft, np)}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     machine = {"python": platform.python_version(), **versions, "gpu": gpu}
-    return {"command": " ".join(sys.argv), "commit": commit, **machine}
+    files = {"prompts": args.prompts, "eval.prompts": args.eval.prompts, "script": script}
+    files = {key: path and sha256(path) for key, path in files.items()}
+    began = {"command": " ".join(sys.argv), "started": time.strftime("%Y%m%d-%H%M%S")}
+    return {**began, "commit": commit, **machine, "files": files}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: what is written is whole or absent, and what was damaged later is found out
+
+
+def sync(path):
+    """Make what was written to a file or folder outlast a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_file(path, text):
+    """A text file, in the place of what was there before, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, newline="")
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+@contextmanager
+def whole(folder, replace=False):
+    """An empty folder to fill, which then becomes `folder`; where that fails nothing of it is left.
+
+    What was there before goes only at the end, and only with `replace`; without, it may be an empty folder.
+    """
+    new = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        for path in (*new.rglob("*"), new):
+            sync(path)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if replace:
+        shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
+    sync(folder.parent)
+
+
+def sha256(path):
+    """The checksum of a file, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checkpoints(run_folder):
+    """The checkpoints of a run, oldest first; one that is being written or removed has a suffix and is none."""
+    folders = [path for path in (run_folder / "checkpoints").glob("epoch_*") if not path.suffix]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("epoch_")))
+
+
+def damage(checkpoint):
+    """What is wrong with a checkpoint, by its checksums; None if nothing is."""
+    try:
+        lines = (checkpoint / "SHA256SUMS").read_text().splitlines()
+        sums = {name: digits for digits, name in (line.split("  ") for line in lines)}
+        for name in ("tensors.safetensors", "state.json"):
+            if sha256(checkpoint / name) != sums[name]:
+                return f"{name} does not have its checksum"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def newest_checkpoint(run):
+    """The newest checkpoint of a run that is whole, or None if no epoch was finished; newer ones are set aside."""
+    for left in (run.folder / "checkpoints").glob("*.tmp"):  # by a process that was killed
+        shutil.rmtree(left)
+    damaged = {}
+    for checkpoint in reversed(checkpoints(run.folder)):
+        if reason := damage(checkpoint):
+            damaged[checkpoint] = reason
+            continue
+        for bad, reason in damaged.items():
+            aside = bad.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            bad.rename(aside)
+            run.print(f"{bad} is damaged ({reason}), now {aside.name}; {checkpoint.name} is used")
+        return checkpoint
+    table = run.folder / "metrics.csv"
+    if damaged or (table.is_file() and len(table.read_text().splitlines()) > 2):  # more than epoch 0
+        found = "; ".join(f"{bad.name}: {reason}" for bad, reason in damaged.items()) or "there is none"
+        refuse("resume", str(run.folder), f"has no checkpoint that is whole ({found})")
+
+
+class Checkpoint:
+    """All that decides how a run goes on, in a folder checkpoints/epoch_NNNN of the run folder.
+
+    tensors.safetensors has whole tensors by parameter name: parameters/NAME, <snapshot>/NAME, optimizer/NAME/KEY, and
+    the states of torch's generators; state.json has the numbers, the rows of metrics.csv among them; SHA256SUMS is
+    theirs. Noise and prompts come from (seed, epoch, prompt, member), so an epoch is repeated exactly; the states of
+    the generators are kept for rewards that draw from them.
+    """
+
+    def __init__(self, run, named, optimizer, **snapshots):
+        """named: {name: parameter}, in the optimizer's order; snapshots: Snapshots of the same parameters, or None."""
+        self.run, self.named, self.optimizer = run, named, optimizer
+        self.snapshots = {name: snapshot for name, snapshot in snapshots.items() if snapshot}
+
+    def _sets(self):
+        """{name of a set: its tensors, in the order of the parameters}."""
+        own = [p.detach() for p in self.named.values()]
+        return {"parameters": own, **{name: snapshot.values for name, snapshot in self.snapshots.items()}}
+
+    def save(self, epoch, updates):
+        """At the end of an epoch: write what is due, and end the run if it was asked to or cannot learn any more."""
+        run = self.run
+        last = epoch >= run.args.train.max_epochs
+        broken = run.in_a_row >= MOST_SKIPPED
+        if last or broken or run.interrupted or epoch % run.args.checkpoint_freq == 0:
+            self._write(epoch, updates)
+        run.in_loop = not last
+        if broken:
+            raise RunError(
+                f"{run.in_a_row} updates in a row were skipped, the last because {run.culprit} is not finite"
+            )
+        if run.interrupted and not last:
+            name = signal.Signals(run.interrupted).name
+            run.print(f"{name}: epoch {epoch} is finished and saved; continue with: {run.command}")
+            raise SystemExit(128 + run.interrupted)
+
+    def _write(self, epoch, updates):
+        run = self.run
+        tensors = {f"{of}/{name}": t for of, ts in self._sets().items() for name, t in zip(self.named, ts, strict=True)}
+        for name, p in self.named.items():
+            tensors |= {f"optimizer/{name}/{key}": t for key, t in self.optimizer.state.get(p, {}).items()}
+        tensors["random/cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["random/cuda"] = torch.cuda.get_rng_state()
+        algorithm, key, *rest = np.random.get_state()
+        state = {
+            **{"epoch": epoch, "updates": updates, "seconds": time.time() - run.started, "rows": run.rows},
+            "in_a_row": run.in_a_row if run.in_a_row < MOST_SKIPPED else 0,
+            **{"random": random.getstate(), "numpy": [algorithm, key.tolist(), *rest]},
+        }
+        with whole(run.folder / "checkpoints" / f"epoch_{epoch:04d}") as folder:
+            save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "tensors.safetensors")
+            (folder / "state.json").write_text(json.dumps(state))
+            sums = "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir()))
+            (folder / "SHA256SUMS").write_text(sums)
+        for old in checkpoints(run.folder)[: -run.args.keep_checkpoints]:
+            shutil.rmtree(old.rename(old.with_suffix(".tmp")))
+
+    def load(self):
+        """Take up a resumed run where its newest checkpoint is. Returns (the epoch to begin with, updates done)."""
+        run = self.run
+        run.in_loop = True
+        if run.checkpoint is None:
+            if run.args.resume:
+                run.print("no epoch was finished; beginning again")
+            random.seed(run.args.train.seed)  # torch's generator was seeded for the adapters
+            np.random.seed(run.args.train.seed)
+            return 0, 0
+        tensors = load_file(run.checkpoint / "tensors.safetensors")
+        state = json.loads((run.checkpoint / "state.json").read_text())
+        for of, own in self._sets().items():
+            for name, tensor in zip(self.named, own, strict=True):
+                saved = tensors.get(f"{of}/{name}")
+                if saved is None or saved.shape != tensor.shape:
+                    raise RunError(f"{name} is not as in {run.checkpoint}; is {run.args.model} the model that it was?")
+                tensor.copy_(saved)
+        optimizer = self.optimizer.state_dict()
+        for i, name in enumerate(self.named):
+            own = f"optimizer/{name}/"
+            optimizer["state"][i] = {key.removeprefix(own): t for key, t in tensors.items() if key.startswith(own)}
+        self.optimizer.load_state_dict(optimizer)
+        torch.set_rng_state(tensors["random/cpu"])
+        if torch.cuda.is_available() and "random/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random/cuda"])
+        version, words, gauss = state["random"]
+        random.setstate((version, tuple(words), gauss))
+        np.random.set_state(state["numpy"])
+        run.rows, run.in_a_row, run.started = state["rows"], state["in_a_row"], time.time() - state["seconds"]
+        run.write_metrics()
+        epochs = run.args.train.max_epochs
+        done = f"; all {epochs} are, and a larger --train.max-epochs adds more" if state["epoch"] >= epochs else ""
+        run.print(f"resumed: epochs up to {state['epoch']} are done{done}")
+        return state["epoch"] + 1, state["updates"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ending early: with a line, with a status, and with what continues the run
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+MOST_SKIPPED = 5  # updates in a row
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+class RunError(SystemExit):
+    """Ends a run that has begun with one line."""
+
+    def __init__(self, message):
+        then = f"; continue with: {Run.current.command}" if Run.current else ""
+        super().__init__(f"error: {message}{then}")
+
+
+def start(main):
+    """Run a script; what ends it early ends it with a line that says how to go on.
+
+    On Ctrl-C or SIGTERM the epoch in hand is finished, its row logged and a checkpoint saved, so that nothing is lost;
+    the exit status is 130 or 143. A second signal ends the process at once; that loses the epoch in hand, which is
+    repeated exactly on --resume.
+    """
+    for number in SIGNALS:
+        signal.signal(number, _interrupt)
+    try:
+        main()
+    except Exception as error:
+        if Run.current is None:
+            raise
+        if isinstance(error, torch.OutOfMemoryError):
+            raise RunError(_out_of_memory(error, Run.current.args)) from error
+        if isinstance(error, SafetensorError) or getattr(error, "errno", None) in NO_ROOM:
+            raise RunError(
+                f"cannot write in {Run.current.folder}, where older checkpoints are whole: {error}"
+            ) from error
+        error.add_note(f"continue with: {Run.current.command}")
+        raise
+
+
+def _interrupt(number, frame):
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_DFL)
+    run, name = Run.current, signal.Signals(number).name
+    going_on = run is not None and run.in_loop
+    line = "finishing and saving the epoch in hand; once more ends at once" if going_on else "ended before training"
+    then = f"; continue with: {run.command}" if run else ""
+    os.write(2, f"{name}: {line}{then}\n".encode())  # not print, which this may have interrupted
+    if not going_on:
+        raise SystemExit(128 + number)
+    run.interrupted = number
+
+
+def _out_of_memory(error, args):
+    """What happened, and what would help: first what --resume allows, then what makes another run."""
+    train = args.train
+    free = {
+        "--train.enable-gradient-checkpointing": not train.enable_gradient_checkpointing,
+        "--train.ref-param-device cpu": train.ref_param_device != "cpu",
+    }
+    other = {
+        f"a smaller --train.per-device-batch-size (now {train.per_device_batch_size})": True,
+        f"--eval.per-device-batch-size ({args.eval.per_device_batch_size})": True,
+        f"--train.resolution ({train.resolution})": True,
+        "--finetune-type lora": args.finetune_type == "full",
+        "--dtype bfloat16": args.dtype == "float32",
+    }
+    free, other = (", ".join(option for option, would in options.items() if would) for options in (free, other))
+    resumable = f"adding {free} on resume would help; " if free else ""
+    what = str(error).partition(". GPU ")[0]
+    return f"out of GPU memory ({what}): {resumable}or a new run with {other}"

@@ -244,10 +244,12 @@ def main():
 
     # Model, reward, optimizer
     device = common.pick_device(args)
-    pipe = common.make_pipeline(args, device)
-    parameters = list(common.trainable_parameters(pipe, args, train.seed).values())
-    reward, eval_reward = rewards.make_rewards(args.reward, args.eval.reward, device, args.reward_options)
+    made = rewards.make_rewards(args.reward, args.eval.reward, device, args.reward_options)
+    reward, eval_reward = map(run.watch, made)
     judge = common.Judge(reward)
+    pipe = common.make_pipeline(args, device)
+    named = common.trainable_parameters(pipe, args, train.seed)
+    parameters = list(named.values())
     reference = None
     if train.kl_beta > 0:
         reference = Snapshot(parameters, device if train.ref_param_device == "same_as_model" else "cpu")
@@ -255,6 +257,7 @@ def main():
     optimizer = torch.optim.AdamW(
         parameters, train.learning_rate, train.adam_betas, train.adam_epsilon, train.adam_weight_decay, fused=True
     )
+    checkpoint = common.Checkpoint(run, named, optimizer, reference=reference, ema=ema)
     prompts = common.read_prompts(args.prompts)
     calls_per_epoch = train.unique_sample_num_per_epoch * train.group_size // train.per_device_batch_size
     common.print_plan(run, args, parameters, trained_steps=len(drawn_steps(train, 0)), networks=1 + bool(reference))
@@ -265,10 +268,12 @@ def main():
             run.save_weights(pipe)
         return columns
 
-    run.log({"epoch": 0, "images": 0, **evaluate(0)})
+    first, updates = checkpoint.load()
+    if first == 0:
+        run.log({"epoch": 0, "images": 0, **evaluate(0)})
+        checkpoint.save(0, updates)
     height, width = size(train.resolution)
-    updates = 0
-    for epoch in range(1, train.max_epochs + 1):
+    for epoch in range(max(first, 1), train.max_epochs + 1):
         metrics = common.Metrics()
 
         # Sampling: the images of the epoch in order of (prompt, member), in calls of one batch
@@ -308,6 +313,7 @@ def main():
         order = np.random.default_rng([train.seed, epoch, 1])
         passes = np.concatenate([order.permutation(calls_per_epoch) for _ in range(train.num_inner_epochs)])
         for chunk in np.split(passes, train.num_inner_epochs * train.gradient_step_per_epoch):
+            update = common.Metrics()
             for i, k in common.progress(list(product(chunk, steps)), "training"):
                 if reference:
                     with torch.no_grad(), reference.loaded():
@@ -318,13 +324,14 @@ def main():
                     step.log_prob, taken.log_prob, advantages[i], train.clip_range, train.adv_clip_range
                 )
                 loss = weights[k] * policy_loss
-                metrics.add(terms)
+                update.add(terms)
                 if reference:
                     penalty, terms = kl_loss(train.kl_type, velocity, step, ref_velocity, ref_step)
                     loss = loss + train.kl_beta * penalty
-                    metrics.add(terms)
+                    update.add(terms)
+                update.add({"loss": loss})
                 (loss / (len(chunk) * len(steps))).backward()
-            metrics.add({"grad_norm": common.step_optimizer(optimizer, parameters, train.max_grad_norm)})
+            metrics.add(common.step_optimizer(run, optimizer, named, update, train.max_grad_norm))
             updates += 1
             if ema and updates % train.ema_update_interval == 0:
                 ema.update(min(train.ema_decay, (1 + updates) / (10 + updates)))
@@ -333,6 +340,7 @@ def main():
         due = epoch % args.eval.eval_freq == 0 or epoch == train.max_epochs
         row = {"epoch": epoch, "images": epoch * len(images), **metrics.means("train/")}
         run.log(row | (evaluate(epoch) if due else {}))
+        checkpoint.save(epoch, updates)
 
 
 def first_step_contract(run, pipe, train, parameters, reference, rollouts, totals):

@@ -238,10 +238,12 @@ def main():
 
     # Model, reward, optimizer
     device = common.pick_device(args)
-    pipe = common.make_pipeline(args, device)
-    parameters = list(common.trainable_parameters(pipe, args, train.seed).values())
-    reward, eval_reward = rewards.make_rewards(args.reward, args.eval.reward, device, args.reward_options)
+    made = rewards.make_rewards(args.reward, args.eval.reward, device, args.reward_options)
+    reward, eval_reward = map(run.watch, made)
     judge = common.Judge(reward)
+    pipe = common.make_pipeline(args, device)
+    named = common.trainable_parameters(pipe, args, train.seed)
+    parameters = list(named.values())
     copies = device if train.ref_param_device == "same_as_model" else "cpu"
     old = Snapshot(parameters, copies)
     reference = Snapshot(parameters, copies) if train.kl_beta > 0 else None
@@ -249,6 +251,7 @@ def main():
     optimizer = torch.optim.AdamW(
         parameters, train.learning_rate, train.adam_betas, train.adam_epsilon, train.adam_weight_decay, fused=True
     )
+    checkpoint = common.Checkpoint(run, named, optimizer, old=old, reference=reference, ema=ema)
     prompts = common.read_prompts(args.prompts)
     calls_per_epoch = train.unique_sample_num_per_epoch * train.group_size // train.per_device_batch_size
     noisy_steps = range(train.num_inference_steps - 1) if train.dynamics_type != "ODE" else ()
@@ -260,10 +263,12 @@ def main():
             run.save_weights(pipe)
         return columns
 
-    run.log({"epoch": 0, "images": 0, **evaluate(0)})
+    first, updates = checkpoint.load()
+    if first == 0:
+        run.log({"epoch": 0, "images": 0, **evaluate(0)})
+        checkpoint.save(0, updates)
     height, width = size(train.resolution)
-    updates = 0
-    for epoch in range(1, train.max_epochs + 1):
+    for epoch in range(max(first, 1), train.max_epochs + 1):
         metrics = common.Metrics()
 
         # Sampling by the old policy: the images of the epoch in order of (prompt, member), in calls of one batch
@@ -303,6 +308,7 @@ def main():
         order = np.random.default_rng([train.seed, epoch, 1])
         passes = np.concatenate([order.permutation(calls_per_epoch) for _ in range(train.num_inner_epochs)])
         for number, chunk in enumerate(np.split(passes, train.num_inner_epochs * train.gradient_step_per_epoch)):
+            update = common.Metrics()
             for i, k in common.progress(list(product(chunk, steps)), "training"):
                 x0, sigma = rollouts[i].x0, rollouts[i].sigmas[k].item()
                 x_t = noised(x0, sigma, generators(*((train.seed, epoch, g, m, 2, number, k) for g, m in batches[i])))
@@ -315,13 +321,14 @@ def main():
                 loss, terms = nft_loss(
                     v, v_old, x_t, x0, sigma, advantages[i], train.nft_beta, train.adv_clip_range, train.self_normalised
                 )
-                metrics.add(terms)
+                update.add(terms)
                 if reference:
                     penalty = ((v.float() - v_ref.float()) ** 2).mean()
                     loss = loss + train.kl_beta * penalty
-                    metrics.add({"v_ref_distance": penalty})
+                    update.add({"v_ref_distance": penalty})
+                update.add({"loss": loss})
                 (loss / (len(chunk) * len(steps))).backward()
-            metrics.add({"grad_norm": common.step_optimizer(optimizer, parameters, train.max_grad_norm)})
+            metrics.add(common.step_optimizer(run, optimizer, named, update, train.max_grad_norm))
             updates += 1
             if ema and updates % train.ema_update_interval == 0:
                 ema.update(min(train.ema_decay, (1 + updates) / (10 + updates)))
@@ -332,6 +339,7 @@ def main():
         due = epoch % args.eval.eval_freq == 0 or epoch == train.max_epochs
         row = {"epoch": epoch, "images": epoch * len(images), **metrics.means("train/")}
         run.log(row | (evaluate(epoch) if due else {}))
+        checkpoint.save(epoch, updates)
 
 
 def noised(x0, sigma, generator):

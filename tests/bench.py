@@ -152,7 +152,9 @@ class Workload:
             loss, _ = grpo.grpo_loss(step.log_prob, taken.log_prob, advantages, 1e-4, 5.0)
             (loss / len(tape.steps)).backward()
             ratios.append((step.log_prob - taken.log_prob).abs().max().detach())
-        common.step_optimizer(self.optimizer, self.parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return torch.stack(ratios).max().item()
 
     def flops(self, call):

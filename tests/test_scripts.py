@@ -95,13 +95,6 @@ def test_the_rows_follow_the_rewards(run):
     assert last["eval/total"] == pytest.approx(total, rel=1e-5)
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run(run, monkeypatch):
-    loss = grpo.grpo_loss
-    monkeypatch.setattr(grpo, "grpo_loss", lambda *a: (loss(*a)[0] * float("nan"), {}))
-    with pytest.raises(SystemExit, match="the gradient is nan"):
-        run()
-
-
 def test_one_update_per_epoch_is_on_policy(run):
     rows = read_csv(run("--train.gradient-step-per-epoch", 1) / "metrics.csv")
     for row in rows[1:]:
@@ -424,6 +417,10 @@ def test_commands_of_the_readme(tmp_path, monkeypatch, command):
     _, script, *argv = shlex.split(command, comments=True)
     script = importlib.import_module(script.removesuffix(".py"))
     monkeypatch.chdir(tmp_path)
+    if "--resume" in argv:
+        begun = tmp_path / argv[argv.index("--resume") + 1]
+        begun.mkdir(parents=True)
+        (begun / "args.yaml").write_text(yaml.safe_dump(common._settings(common.parse_args(script.Args, "", [])[0])))
     if "/" in command.partition("--model")[2]:
         monkeypatch.setattr(common, "check_model", lambda args: None)  # it would ask the hub
     if "--help" in argv:
