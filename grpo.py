@@ -9,6 +9,7 @@ base model.
     DanceGRPO   arXiv 2505.07818   --train.dynamics-type Dance-SDE --train.noise-level 0.3 --train.same-init-noise
     CPS         arXiv 2509.05952   --train.dynamics-type CPS --train.noise-level 0.8
     MixGRPO     arXiv 2507.21802   --train.train-steps 1 2 3 --train.num-train-steps 1   (SDE there, ODE elsewhere)
+                Flash              --train.tail-steps 3              (fewer steps after the last SDE step)
     TempFlow    arXiv 2508.04324   --train.loss-weighting noise-aware                    (its weights)
     PaCo-RL     arXiv 2512.04784   --train.resolution 32 --eval.resolution 64            (low-resolution training)
 
@@ -71,6 +72,9 @@ class TrainArgs:
     """Candidates for the steps that are stochastic and trained, from 0 (all noise); None is all but the last."""
     num_train_steps: Optional[int] = None
     """How many of the candidates are drawn in each epoch; the other steps are ODE. None is all of them."""
+    tail_steps: Optional[int] = None
+    """Network calls after the last stochastic step, at most, by DPM-Solver++(2M) on a thinned schedule (MixGRPO-Flash).
+    None keeps the whole schedule there, with Euler's steps."""
 
     # The loss
 
@@ -146,6 +150,10 @@ def check(args):
         refuse("train.train_steps", train.train_steps, f"CPS has no noise in its last step; leave out {last}")
     if train.num_train_steps is not None and not 1 <= train.num_train_steps <= len(steps):
         refuse("train.num_train_steps", train.num_train_steps, f"there are {len(steps)} candidate steps to draw from")
+    earliest = sorted(steps)[(train.num_train_steps or len(steps)) - 1]
+    if train.tail_steps is not None and not 1 <= train.tail_steps <= last - earliest:
+        remedy = f"the last stochastic step is {earliest} or later, and after it come at most {last - earliest} steps"
+        refuse("train.tail_steps", train.tail_steps, f"{remedy}; take 1 to that many, or None")
     all_prompts = common.check_args(args)
     try:
         rewards.check_rewards(args.reward, all_prompts)
@@ -163,6 +171,12 @@ def drawn_steps(train, epoch):
     candidates = candidate_steps(train)
     rng = np.random.default_rng([train.seed, epoch])
     return sorted(rng.choice(candidates, train.num_train_steps or len(candidates), replace=False).tolist())
+
+
+def most_steps(train):
+    """Sampling steps of an image with a tail, at most: those up to the last stochastic one, and the tail."""
+    start, end = max(candidate_steps(train)) + 1, train.num_inference_steps
+    return start + min(train.tail_steps, end - start) if train.tail_steps else None
 
 
 def step_weights(train, sigmas):
@@ -241,7 +255,8 @@ def main():
     )
     prompts = common.read_prompts(args.prompts)
     calls_per_epoch = train.unique_sample_num_per_epoch * train.group_size // train.per_device_batch_size
-    common.print_plan(run, args, parameters, trained_steps=len(drawn_steps(train, 0)), networks=1 + bool(reference))
+    networks = 1 + bool(reference)
+    common.print_plan(run, args, parameters, len(drawn_steps(train, 0)), networks, most_steps(train))
 
     def evaluate(epoch):
         with ema.loaded() if ema else nullcontext():
@@ -272,7 +287,8 @@ def main():
                 generator=generators(*start_seeds),
                 **args.call,
             )
-            tape = rollout(pipe, call, train.dynamics_type, train.noise_level, steps, generators(*step_seeds))
+            noise = generators(*step_seeds)
+            tape = rollout(pipe, call, train.dynamics_type, train.noise_level, steps, noise, train.tail_steps)
             scores = reward(tape.images, call["prompt"])
             metrics.add({f"reward/{name}": value.mean() for name, value in scores.items()})
             rollouts.append(tape)
@@ -280,7 +296,7 @@ def main():
         totals = torch.cat(totals)
         advantages = group_advantages(totals, train.group_size, train.global_std)
         advantages = advantages.split(train.per_device_batch_size)
-        weights = step_weights(train, rollouts[0].sigmas.tolist())
+        weights = step_weights(train, rollouts[0].schedule.tolist())
         metrics.add(common.group_metrics(rollouts, totals, train.group_size))
         if epoch == 1:
             first_step_contract(run, pipe, train, parameters, reference, rollouts, totals)

@@ -339,6 +339,7 @@ def run(start):
     [
         "--train.dynamics-type ODE --train.off-policy --finetune-type lora",
         "--train.dynamics-type ODE --train.no-off-policy --finetune-type full",
+        "--train.dynamics-type ODE --train.solver DPM-Solver++ --eval.solver DPM-Solver++",
         "--train.dynamics-type CPS --train.noise-level 0.8 --train.off-policy --finetune-type full",
         "--train.dynamics-type CPS --train.noise-level 0.8 --train.no-off-policy --finetune-type lora",
         "--train.dynamics-type Flow-SDE --train.off-policy --finetune-type full --train.ref-param-device cpu",
@@ -561,6 +562,7 @@ def refused(refusal):
         ("--train.num-train-steps 3", "train.num_train_steps = 3", "2 candidate"),
         ("--train.dynamics-type CPS --train.noise-level 1.1", "train.noise_level = 1.1", "at most 1 for CPS"),
         ("--train.dynamics-type Flow-SDE --train.noise-level 0", "train.noise_level = 0.0", "above 0"),
+        ("--train.dynamics-type CPS --train.solver DPM-Solver++", "train.solver = 'DPM-Solver++'", "is for the ODE"),
         ("--train.trainer-type grpo", "--train.trainer-type", "nft"),
     ],
 )

@@ -1,9 +1,12 @@
 """The tape: what is replayed is what was sampled, what is sampled by the ODE is what diffusers samples."""
 
+import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 import common
+import dynamics
 from common import generators, replay, rollout
 
 SAMPLERS = [("Flow-SDE", 0.7), ("Dance-SDE", 0.3), ("CPS", 0.8)]
@@ -162,3 +165,96 @@ def test_ode_difference_sees_a_changed_sampler(make_pipe, call, monkeypatch):
         lambda self, v, t, x, **how: euler(self, v * (1.01 if hasattr(self, "listener") else 1), t, x, **how),
     )
     assert common.ode_difference(pipe, request) > 0
+
+
+# A tail by DPM-Solver++
+
+
+def by_hand(pipe, tape, x, start=0):
+    """What the solver makes of x from a step on, with the velocities of a replay."""
+    sigmas, last = tape.sigmas.tolist(), (None, None)
+    for k in range(start, len(sigmas) - 1):
+        with torch.no_grad():
+            velocity, _ = replay(pipe, tape, k, x)
+        x, x0 = dynamics.dpm_step(velocity, x, sigmas[k], sigmas[k + 1], *last)
+        x, last = x.to(velocity.dtype), (sigmas[k], x0)
+    return x
+
+
+@pytest.fixture
+def counted(make_pipe):
+    """A pipeline and the list of the batches that its denoiser was called with."""
+
+    def make(dtype=torch.float32):
+        pipe, _ = make_pipe(dtype)
+        calls = []
+        pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+        return pipe, calls
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tail_steps", [1, 2, 3, 4])
+def test_a_tail_leaves_the_steps_before_it_alone(counted, call, dtype, tail_steps):  # M5
+    pipe, calls = counted(dtype)
+    tape = rollout(pipe, call(steps=8), "Flow-SDE", 0.7, [1, 3], sde_noise(), tail_steps)
+    assert len(calls) == 4 + tail_steps
+    whole = rollout(pipe, call(steps=8), "Flow-SDE", 0.7, [1, 3], sde_noise())
+    kept = {1: [4, 8], 2: [4, 6, 8], 3: [4, 5, 7, 8], 4: [4, 5, 6, 7, 8]}[tail_steps]
+    assert torch.equal(tape.sigmas, whole.sigmas[[0, 1, 2, 3, *kept]]) and tape.sigmas[-1] == 0
+    assert torch.equal(tape.schedule, whole.sigmas) and torch.equal(whole.schedule, whole.sigmas)
+    for k, taken in tape.steps.items():
+        assert torch.equal(taken.x_next, whole.steps[k].x_next)
+        velocity, step = replay(pipe, tape, k)
+        assert torch.equal(velocity, taken.velocity) and torch.equal(step.log_prob, taken.log_prob)
+    assert tape.images.isfinite().all()
+    assert torch.equal(tape.x0, by_hand(pipe, tape, tape.steps[3].x_next, start=4))
+
+
+def test_a_tail_that_is_longer_than_the_schedule_is_the_schedule(counted, call):
+    pipe, calls = counted()
+    for sde_steps, sigmas in (([3], 6), ([4], 6), ((), 6)):
+        tape = rollout(pipe, call(), "Flow-SDE", 0.7, sde_steps, sde_noise(), 9)
+        assert len(tape.sigmas) == sigmas and torch.equal(tape.sigmas, tape.schedule)
+    assert len(calls) == 3 * 5
+
+
+def test_every_tail_keeps_different_levels_and_its_ends():  # M5
+    for steps in range(1, 14):
+        for start in range(steps + 1):
+            for most in range(1, steps + 2):
+                scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+                scheduler.set_timesteps(steps)
+                before, timesteps = scheduler.sigmas, scheduler.timesteps
+                common._thin_tail(scheduler, common.Rollout(tail_start=start, tail_steps=most))
+                sigmas = scheduler.sigmas
+                assert len(sigmas) == len(scheduler.timesteps) + 1 == start + min(most, steps - start) + 1
+                assert torch.equal(sigmas[: start + 1], before[: start + 1])
+                assert sigmas[-1] == 0 and (sigmas.diff() < 0).all() and set(sigmas.tolist()) <= set(before.tolist())
+                assert [before.tolist().index(s) for s in sigmas[:-1]] == [
+                    timesteps.tolist().index(t) for t in scheduler.timesteps
+                ]
+                gaps = np.diff([before.tolist().index(s) for s in sigmas[start:]])
+                assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
+
+
+def test_without_noise_the_tail_is_everything(counted, call):
+    pipe, calls = counted()
+    tape = rollout(pipe, call(), "ODE", 0.0, (), tail_steps=5)
+    assert len(calls) == 5 and torch.equal(tape.x0, by_hand(pipe, tape, tape.noise))
+    assert len(rollout(pipe, call(), "ODE", 0.0, (), tail_steps=3).sigmas) == 4
+
+
+def test_one_step_is_eulers(make_pipe, call):
+    pipe, _ = make_pipe()
+    solver, euler = (rollout(pipe, call(steps=1), "ODE", 0.0, (), tail_steps=tail) for tail in (1, None))
+    assert (solver.images - euler.images).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("steps", [5, 10])
+def test_the_solver_is_nearer_to_the_flow_than_euler(call, steps):
+    pipe = common.load_pipeline(common.RunArgs.model, "cpu", torch.float32)
+    fine = rollout(pipe, call(steps=100), "ODE", 0.0, ()).images
+    solver, euler = (rollout(pipe, call(steps=steps), "ODE", 0.0, (), tail_steps=t).images for t in (steps, None))
+    assert (solver - fine).square().mean() < 0.9 * (euler - fine).square().mean()
