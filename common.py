@@ -554,7 +554,7 @@ class Rollout:
     sigmas: torch.Tensor = None
     """(T + 1,) float32 noise levels, 1 -> 0, on the CPU."""
     schedule: torch.Tensor = None
-    """Those of the pipeline itself, of which a tail keeps a part."""
+    """Those of the pipeline itself, before a tail of fewer steps."""
     steps: dict = field(default_factory=dict)
     """{k: Transition} for the stochastic steps."""
     call: dict = None
@@ -576,7 +576,7 @@ def rollout(pipe, call, dynamics_type, noise_level, sde_steps, generator=None, t
     generator: of the noise of those steps, one torch.Generator or a list of one per image; also of the initial noise
         if the call names none.
     tail_steps: take what is left after the last of sde_steps (everything, if there are none) by `dynamics.dpm_step`, in
-        at most so many steps of the schedule, evenly chosen. None leaves it to the pipeline.
+        at most so many steps, evenly over that part of the schedule. None leaves it to the pipeline.
     """
     call = {"generator": generator, **call, "output_type": "pt", "return_dict": False}
     tape = Rollout(call=call, dynamics_type=dynamics_type, noise_level=noise_level)
@@ -721,7 +721,7 @@ class _Arrived(BaseException):
 
 @functools.cache
 def _stepping(cls):
-    """A subclass of a scheduler's class whose `step()` is handed to a listener, and whose schedule may be thinned."""
+    """A subclass of a scheduler's class whose `step()` is handed to a listener, on a schedule with the tape's tail."""
 
     def step(self, model_output, timestep, sample, *args, return_dict=True, **kwargs):
         x_next = self.listener.step(self, model_output, timestep, sample)
@@ -733,20 +733,30 @@ def _stepping(cls):
     @functools.wraps(cls.set_timesteps)  # pipelines look at its arguments
     def set_timesteps(self, *args, **kwargs):
         cls.set_timesteps(self, *args, **kwargs)
-        _thin_tail(self, self.listener.tape)
+        _regrid_tail(self, self.listener.tape)
 
     members = {"step": step, "scale_model_input": scale_model_input, "set_timesteps": set_timesteps}
     return type(cls.__name__, (cls,), members | {"__module__": cls.__module__})
 
 
-def _thin_tail(scheduler, tape):
-    """Keep tail_steps of the steps that a schedule has from tail_start on: its own levels, so that timesteps fit."""
+def _regrid_tail(scheduler, tape):
+    """Put tail_steps in the place of more steps that a schedule has from tail_start on, evenly by index."""
     tape.schedule = _noise_levels(scheduler)
-    if tape.tail_steps:
-        start, end = tape.tail_start, len(scheduler.timesteps)
-        tail = np.linspace(start, end, min(tape.tail_steps, end - start) + 1).round().astype(int).tolist()
-        kept = [*range(start), *tail]
-        scheduler.sigmas, scheduler.timesteps = scheduler.sigmas[kept], scheduler.timesteps[kept[:-1]]
+    start, steps, end = tape.tail_start, tape.tail_steps, len(scheduler.timesteps)
+    if not steps or steps >= end - start:
+        return
+    before, almost, last = tape.schedule[-3:].tolist()
+    place = np.arange(end + 1.0)
+    place[-1] = end - 1 + min(1, (almost - last) / (before - almost))  # the last step of SD3's is next to nothing
+    even = np.linspace(place[start], place[-1], steps + 1)[1:]
+
+    def regridded(levels):  # (T + 1,); up to tail_start they stay as they are
+        tail = np.interp(even, place, levels.double().cpu())
+        return torch.cat([levels[: start + 1], torch.from_numpy(tail).to(levels)])
+
+    final = scheduler.sigmas[-1:] * scheduler.config.num_train_timesteps
+    timesteps = torch.cat([scheduler.timesteps, final.to(scheduler.timesteps)])
+    scheduler.sigmas, scheduler.timesteps = regridded(scheduler.sigmas), regridded(timesteps)[:-1]
 
 
 def _noise_levels(scheduler):

@@ -73,7 +73,7 @@ class TrainArgs:
     num_train_steps: Optional[int] = None
     """How many of the candidates are drawn in each epoch; the other steps are ODE. None is all of them."""
     tail_steps: Optional[int] = None
-    """Network calls after the last stochastic step, at most, by DPM-Solver++(2M) on a thinned schedule (MixGRPO-Flash).
+    """Network calls after the last stochastic step, at most, by DPM-Solver++(2M) on a coarser grid (MixGRPO-Flash).
     None keeps the whole schedule there, with Euler's steps."""
 
     # The loss

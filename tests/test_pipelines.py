@@ -119,10 +119,11 @@ def test_without_noise_every_step_is_the_ode(family, dtype):
     assert sde.sigmas[0] > 0.9 and sde.sigmas[-1] == 0 and (sde.sigmas.diff() < 0).all()
 
 
-def test_a_tail_is_thinned_and_replayed(family, dtype):
+def test_a_tail_has_its_grid_in_the_replay_too(family, dtype):
     pipe, call, parameters, plain, before, rollout = taped(family, dtype)
     tape = common.rollout(pipe, call | {"generator": noise(0)}, "Flow-SDE", 0.7, [0], noise(1), tail_steps=2)
-    assert torch.equal(tape.sigmas, rollout.sigmas[[0, 1, 2, 4]]) and torch.equal(tape.schedule, rollout.sigmas)
+    assert torch.equal(tape.sigmas[:2], rollout.sigmas[:2]) and torch.equal(tape.schedule, rollout.sigmas)
+    assert len(tape.sigmas) == 4 and rollout.sigmas[3] < tape.sigmas[2] < rollout.sigmas[1] and tape.sigmas[3] == 0
     velocity, step = common.replay(pipe, tape, 0)
     assert torch.equal(step.log_prob, rollout.steps[0].log_prob) and torch.equal(velocity, rollout.steps[0].velocity)
     x, sigmas, last = tape.steps[0].x_next, tape.sigmas.tolist(), (None, None)

@@ -1,5 +1,7 @@
 """The tape: what is replayed is what was sampled, what is sampled by the ODE is what diffusers samples."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -201,8 +203,8 @@ def test_a_tail_leaves_the_steps_before_it_alone(counted, call, dtype, tail_step
     tape = rollout(pipe, call(steps=8), "Flow-SDE", 0.7, [1, 3], sde_noise(), tail_steps)
     assert len(calls) == 4 + tail_steps
     whole = rollout(pipe, call(steps=8), "Flow-SDE", 0.7, [1, 3], sde_noise())
-    kept = {1: [4, 8], 2: [4, 6, 8], 3: [4, 5, 7, 8], 4: [4, 5, 6, 7, 8]}[tail_steps]
-    assert torch.equal(tape.sigmas, whole.sigmas[[0, 1, 2, 3, *kept]]) and tape.sigmas[-1] == 0
+    assert len(tape.sigmas) == 4 + tail_steps + 1 and tape.sigmas[-1] == 0
+    assert torch.equal(tape.sigmas[:5], whole.sigmas[:5]) and tail_steps < 4 or torch.equal(tape.sigmas, whole.sigmas)
     assert torch.equal(tape.schedule, whole.sigmas) and torch.equal(whole.schedule, whole.sigmas)
     for k, taken in tape.steps.items():
         assert torch.equal(taken.x_next, whole.steps[k].x_next)
@@ -220,23 +222,29 @@ def test_a_tail_that_is_longer_than_the_schedule_is_the_schedule(counted, call):
     assert len(calls) == 3 * 5
 
 
-def test_every_tail_keeps_different_levels_and_its_ends():  # M5
-    for steps in range(1, 14):
-        for start in range(steps + 1):
-            for most in range(1, steps + 2):
-                scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-                scheduler.set_timesteps(steps)
-                before, timesteps = scheduler.sigmas, scheduler.timesteps
-                common._thin_tail(scheduler, common.Rollout(tail_start=start, tail_steps=most))
-                sigmas = scheduler.sigmas
-                assert len(sigmas) == len(scheduler.timesteps) + 1 == start + min(most, steps - start) + 1
-                assert torch.equal(sigmas[: start + 1], before[: start + 1])
-                assert sigmas[-1] == 0 and (sigmas.diff() < 0).all() and set(sigmas.tolist()) <= set(before.tolist())
-                assert [before.tolist().index(s) for s in sigmas[:-1]] == [
-                    timesteps.tolist().index(t) for t in scheduler.timesteps
-                ]
-                gaps = np.diff([before.tolist().index(s) for s in sigmas[start:]])
-                assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
+def unshifted(sigmas, shift=3.0):
+    return sigmas / (shift - (shift - 1) * sigmas)
+
+
+@pytest.mark.parametrize("kind", ["shifted once", "as SD3's pipeline has it", "inverted"])
+def test_every_tail_is_even_and_keeps_the_steps_before_it(kind):  # M5
+    for steps in range(1, 12):
+        for start, most in itertools.product(range(steps + 1), range(1, steps + 2)):
+            scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, invert_sigmas=kind == "inverted")
+            even = None if kind.startswith("as") else np.linspace(1, 1 / steps, steps)
+            scheduler.set_timesteps(steps, sigmas=even)
+            before, timesteps = scheduler.sigmas, scheduler.timesteps
+            tape = common.Rollout(tail_start=start, tail_steps=most)
+            common._regrid_tail(scheduler, tape)
+            assert len(scheduler.sigmas) == len(scheduler.timesteps) + 1 == start + min(most, steps - start) + 1
+            assert torch.equal(scheduler.sigmas[: start + 1], before[: start + 1])
+            assert torch.equal(scheduler.timesteps[: start + 1], timesteps[: len(scheduler.timesteps)][: start + 1])
+            assert torch.allclose(scheduler.timesteps, 1000 * scheduler.sigmas[:-1], atol=1e-3)
+            sigmas = common._noise_levels(scheduler)
+            assert sigmas[-1] == 0 and (sigmas.diff() < 0).all() and len(tape.schedule) == steps + 1
+            if most < steps - start:  # as even before the shift as linear interpolation between levels can be
+                gaps = -unshifted(sigmas[start:]).diff()
+                assert gaps.max() - gaps.min() < 0.25 / steps, (steps, start, most)
 
 
 def test_without_noise_the_tail_is_everything(counted, call):
