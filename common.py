@@ -750,13 +750,12 @@ def _regrid_tail(scheduler, tape):
     place[-1] = end - 1 + min(1, (almost - last) / (before - almost))  # the last step of SD3's is next to nothing
     even = np.linspace(place[start], place[-1], steps + 1)[1:]
 
-    def regridded(levels):  # (T + 1,); up to tail_start they stay as they are
-        tail = np.interp(even, place, levels.double().cpu())
+    def regridded(levels, places):  # up to tail_start they stay as they are
+        tail = np.interp(places, place[: len(levels)], levels.double().cpu())
         return torch.cat([levels[: start + 1], torch.from_numpy(tail).to(levels)])
 
-    final = scheduler.sigmas[-1:] * scheduler.config.num_train_timesteps
-    timesteps = torch.cat([scheduler.timesteps, final.to(scheduler.timesteps)])
-    scheduler.sigmas, scheduler.timesteps = regridded(scheduler.sigmas), regridded(timesteps)[:-1]
+    scheduler.sigmas = regridded(scheduler.sigmas, even)
+    scheduler.timesteps = regridded(scheduler.timesteps, even[:-1])
 
 
 def _noise_levels(scheduler):

@@ -279,11 +279,12 @@ def test_one_update_per_epoch_is_on_policy(run):
         assert scale[0] < 0.9 * scale[1] < 0.81 * scale[2]
 
 
-def test_a_tail_does_not_change_the_weights(run):
+def test_a_tail_does_not_change_the_weights(run, tmp_path):
     """Nor does it change the step that is drawn; the weights of all candidates are those of the whole schedule."""
     draw = ["--train.num-train-steps", 1, "--train.seed", 2, "--train.learning-rate", 0]  # step 0, then 1
     tail, whole = run(*draw, "--train.tail-steps", 1, name="a"), run(*draw, name="b")
     scales = [{k: v for k, v in row.items() if "gradient_scale" in k} for row in (*tail[1:], *whole[1:])]
+    assert "at most 32 network" in (tmp_path / "a" / "log.txt").read_text()
     assert scales[:2] == scales[2:] and any(map(float, filter(None, scales[0].values())))
     assert [row["train/contrast"] for row in tail] != [row["train/contrast"] for row in whole]
 

@@ -98,7 +98,7 @@ def test_the_plan_counts_the_calls_of_a_tail(run, monkeypatch):  # M5
         ("--train.train-steps 0", 4, "          32 network"),
         ("--train.train-steps 0 --train.tail-steps 2", 3, "at most 24 network"),
         ("--train.train-steps 0 --train.tail-steps 1", 2, "at most 16 network"),
-        ("--train.train-steps 0 1 --train.num-train-steps 1 --train.tail-steps 2", 4, "at most 32 network"),
+        ("--train.train-steps 0 1 --train.num-train-steps 1 --train.tail-steps 3", 4, "at most 32 network"),
     )
     for name, (options, calls, plan) in enumerate(cases):
         tapes.clear()

@@ -260,9 +260,9 @@ def test_one_step_is_eulers(make_pipe, call):
     assert (solver.images - euler.images).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("steps", [5, 10])
-def test_the_solver_is_nearer_to_the_flow_than_euler(call, steps):
+def test_the_solver_is_nearer_to_the_flow_than_euler(call):
     pipe = common.load_pipeline(common.RunArgs.model, "cpu", torch.float32)
     fine = rollout(pipe, call(steps=100), "ODE", 0.0, ()).images
-    solver, euler = (rollout(pipe, call(steps=steps), "ODE", 0.0, (), tail_steps=t).images for t in (steps, None))
-    assert (solver - fine).square().mean() < 0.9 * (euler - fine).square().mean()
+    for steps, ratio in ((5, 0.9), (10, 0.5)):
+        solver, euler = (rollout(pipe, call(steps=steps), "ODE", 0.0, (), tail_steps=t).images for t in (steps, None))
+        assert (solver - fine).square().mean() < ratio * (euler - fine).square().mean()
