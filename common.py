@@ -105,6 +105,8 @@ class EvalArgs:
     """Pixels: one side of a square, or height and width. Independent of train.resolution (PaCo-RL)."""
     num_inference_steps: int = 40
     """ODE steps of an evaluation image."""
+    solver: Literal[dynamics.SOLVERS] = "Euler"
+    """Of the evaluation's ODE: Euler is the plain pipeline; DPM-Solver++ is of second order at the same cost."""
     guidance_scale: float = 4.5
     """Classifier-free guidance of an evaluation image; 1 is none."""
     per_device_batch_size: int = 16
@@ -710,30 +712,39 @@ class Rollout:
     """The final latents, as the last step left them."""
     sigmas: torch.Tensor = None
     """(T + 1,) float32 noise levels, 1 -> 0, on the CPU."""
+    schedule: torch.Tensor = None
+    """Those of the pipeline itself, before a tail of fewer steps."""
     steps: dict = field(default_factory=dict)
     """{k: Transition} for the stochastic steps."""
     call: dict = None
     dynamics_type: str = None
     noise_level: float = None
+    tail_start: int = 0
+    tail_steps: Optional[int] = None
     answers: dict = field(default_factory=lambda: defaultdict(list))
     """{method: [returned]} of the pipeline's encode_, prepare_ and generate_ methods."""
     outputs: dict = field(default_factory=lambda: defaultdict(list))
     """{k: [output]} of the denoiser in step k: tensors without storage, or with it if the guidance remembers them."""
 
 
-def rollout(pipe, call, dynamics_type, noise_level, sde_steps, generator=None, *, texts=None, sibling=None) -> Rollout:
+def rollout(
+    pipe, call, dynamics_type, noise_level, sde_steps, generator=None, tail_steps=None, *, texts=None, sibling=None
+) -> Rollout:
     """Sample images with `pipe(**call)`, stochastically in sde_steps and by the pipeline's own ODE elsewhere.
 
     call: keyword arguments of the pipeline; its `generator` draws the initial noise.
     sde_steps: indices k, 0-based, whose step is `dynamics.step(dynamics_type, ..., noise_level)`.
     generator: of the noise of those steps, one torch.Generator or a list of one per image; also of the initial noise
         if the call names none.
+    tail_steps: take what is left after the last of sde_steps (everything, if there are none) by `dynamics.dpm_step`, in
+        at most so many steps, evenly over that part of the schedule. None leaves it to the pipeline.
     texts: a dict that remembers what the text encoders made of each prompt, for the calls to come.
     sibling: an earlier Rollout. If it had the same call from the same start, then so are its steps up to the first
         stochastic one, and they are taken from its tape.
     """
     call = {"generator": generator, **call, "output_type": "pt", "return_dict": False}
     tape = Rollout(call=call, dynamics_type=dynamics_type, noise_level=noise_level)
+    tape.tail_start, tape.tail_steps = max(sde_steps, default=-1) + 1, tail_steps
     # guidance that is an object may have momentum: step k then depends on what the denoiser said before
     whole = any(isinstance(component, diffusers.guiders.BaseGuidance) for component in pipe.components.values())
     ahead = None
@@ -782,6 +793,7 @@ class _Recorder:
         self.ahead = ahead  # a _Player that knows the steps before the first stochastic one
         self.inside = False  # a recorded method may call another
         self.whole = whole  # keep the denoiser's outputs, not only their shapes
+        self.x0 = None  # of the step before, in the tail
 
     @property
     def skipping(self):
@@ -815,8 +827,7 @@ class _Recorder:
         inverted = scheduler.config.invert_sigmas  # such models run from 0 to 1 and predict x0 - noise
         if k == 0:
             tape.noise = sample.detach().clone()
-            sigmas = scheduler.sigmas.float().cpu()
-            tape.sigmas = 1 - sigmas if inverted else sigmas
+            tape.sigmas = _noise_levels(scheduler)
         if self.skipping:
             self.k += 1
             return self.ahead.step(scheduler, output, timestep, sample)
@@ -834,6 +845,10 @@ class _Recorder:
                 taken = rule(v=velocity, x=x, x_next=taken.x_next.to(output.dtype))
             tape.steps[k] = Transition(x, taken.x_next, taken.log_prob, velocity.detach(), rule)
             tape.x0 = taken.x_next
+        elif tape.tail_steps and k >= tape.tail_start:
+            velocity, sigmas = -output if inverted else output, tape.sigmas.tolist()
+            x_next, self.x0 = dynamics.dpm_step(velocity, sample, *sigmas[k : k + 2], sigmas[k - 1], self.x0)
+            tape.x0 = x_next.to(output.dtype)
         else:
             scheduler._step_index = k  # by index: a timestep may occur twice
             tape.x0 = FlowMatchEulerDiscreteScheduler.step(scheduler, output, timestep, sample, return_dict=False)[0]
@@ -889,7 +904,7 @@ class _Arrived(BaseException):
 
 @functools.cache
 def _stepping(cls):
-    """A subclass of a scheduler's class whose `step()` is handed to a listener."""
+    """A subclass of a scheduler's class whose `step()` is handed to a listener, on a schedule with the tape's tail."""
 
     def step(self, model_output, timestep, sample, *args, return_dict=True, **kwargs):
         x_next = self.listener.step(self, model_output, timestep, sample)
@@ -898,14 +913,44 @@ def _stepping(cls):
     def scale_model_input(self, sample, timestep=None):  # called where the class is not diffusers' very own
         return sample
 
+    @functools.wraps(cls.set_timesteps)  # pipelines look at its arguments
+    def set_timesteps(self, *args, **kwargs):
+        cls.set_timesteps(self, *args, **kwargs)
+        _regrid_tail(self, self.listener.tape)
+
     def deepcopy(self, memo):  # with a copy a pipeline steps latents of another kind, sound: that stays its own ODE
         twin = copy.copy(self)
         twin.step = functools.partial(self.listener.method, "step", functools.partial(cls.step, twin))
         return twin
 
-    members = {"step": step, "scale_model_input": scale_model_input, "__deepcopy__": deepcopy}
-    members |= {"__module__": cls.__module__}
+    members = {"step": step, "scale_model_input": scale_model_input, "set_timesteps": set_timesteps}
+    members |= {"__deepcopy__": deepcopy, "__module__": cls.__module__}
     return type(cls.__name__, (cls,), members)
+
+
+def _regrid_tail(scheduler, tape):
+    """Put tail_steps in the place of more steps that a schedule has from tail_start on, evenly by index."""
+    tape.schedule = _noise_levels(scheduler)
+    start, steps, end = tape.tail_start, tape.tail_steps, len(scheduler.timesteps)
+    if not steps or steps >= end - start:
+        return
+    before, almost, last = tape.schedule[-3:].tolist()
+    place = np.arange(end + 1.0)
+    place[-1] = end - 1 + min(1, (almost - last) / (before - almost))  # the last step of SD3's is next to nothing
+    even = np.linspace(place[start], place[-1], steps + 1)[1:]
+
+    def regridded(levels, places):  # up to tail_start they stay as they are
+        tail = np.interp(places, place[: len(levels)], levels.double().cpu())
+        return torch.cat([levels[: start + 1], torch.from_numpy(tail).to(levels)])
+
+    scheduler.sigmas = regridded(scheduler.sigmas, even)
+    scheduler.timesteps = regridded(scheduler.timesteps, even[:-1])
+
+
+def _noise_levels(scheduler):
+    """(T + 1,) float32, 1 -> 0, on the CPU."""
+    sigmas = scheduler.sigmas.float().cpu()
+    return 1 - sigmas if scheduler.config.invert_sigmas else sigmas
 
 
 @contextmanager
@@ -1203,8 +1248,12 @@ def evaluate(pipe, args, prompts, reward):
             num_inference_steps=args.eval.num_inference_steps,
             guidance_scale=args.eval.guidance_scale,
         )
-        with autocast(pipe):
-            images = pipe(**_copy({**call, **args.call}), output_type="pt", return_dict=False)[0].float()
+        if args.eval.solver == "Euler":
+            with autocast(pipe):
+                images = pipe(**_copy({**call, **args.call}), output_type="pt", return_dict=False)[0].float()
+        else:
+            tail = args.eval.num_inference_steps
+            images = rollout(pipe, {**call, **args.call}, "ODE", 0.0, (), tail_steps=tail).images.float()
         judge.submit(images, prompts[batch])
         for name, value in image_statistics(images).items():
             looks[name].append(value)
@@ -1453,19 +1502,22 @@ class Run:
                 pipe.save_lora_weights(folder, **layers)
 
 
-def print_plan(run, args, parameters, trained_steps, networks):
-    """What will happen, before it does. networks: evaluations per image and trained step, of policy and references."""
+def print_plan(run, args, parameters, trained_steps, networks, most_steps=None):
+    """What will happen, before it does. networks: evaluations per image and trained step, of policy and references.
+
+    most_steps: sampling steps of an image, at most; None is exactly train.num_inference_steps.
+    """
     train = args.train
     images = train.unique_sample_num_per_epoch * train.group_size
     calls = images // train.per_device_batch_size
     updates = train.gradient_step_per_epoch * train.num_inner_epochs
-    forwards = images * train.num_inference_steps
+    forwards = images * (most_steps or train.num_inference_steps)
     replays = images * trained_steps * train.num_inner_epochs * networks
     run.print(
         f"training {sum(p.numel() for p in parameters):,} parameters ({args.finetune_type}) of {args.model}\n"
         f"an epoch: {train.unique_sample_num_per_epoch} prompts x {train.group_size} = {images} images "
         f"in {calls} calls of {train.per_device_batch_size}; {updates} updates over {trained_steps} steps each;\n"
-        f"          {forwards:,} network evaluations to sample, {replays:,} to train"
+        f"          {'at most ' if most_steps else ''}{forwards:,} network evaluations to sample, {replays:,} to train"
         f"{' (true classifier-free guidance doubles both)' if train.guidance_scale > 1 else ''}"
     )
 

@@ -1,4 +1,4 @@
-"""One step of sampling a rectified flow, four ways: Flow-SDE, Dance-SDE, CPS and ODE.
+"""One step of sampling a rectified flow, four ways: Flow-SDE, Dance-SDE, CPS and ODE; and a faster way for the ODE.
 
 Pure functions of tensors: no model, no schedule, no state. All of them share these names.
 
@@ -18,7 +18,7 @@ Flow-SDE and Dance-SDE discretise one SDE, dx = [v − g²/2 · score] dt + g dw
 of g. CPS leaves the amounts of image and noise in x' exactly those of the schedule, but for data that is not a
 point it does not keep the marginals of the flow, at any number of steps (`tests/test_dynamics.py` measures it).
 
-Papers: Flow-GRPO arXiv 2505.05470; DanceGRPO arXiv 2505.07818; CPS arXiv 2509.05952.
+Papers: Flow-GRPO arXiv 2505.05470; DanceGRPO arXiv 2505.07818; CPS arXiv 2509.05952; DPM-Solver++ arXiv 2211.01095.
 """
 
 import math
@@ -27,6 +27,7 @@ from typing import NamedTuple, Optional
 import torch
 
 DYNAMICS = ("Flow-SDE", "Dance-SDE", "CPS", "ODE")
+SOLVERS = ("Euler", "DPM-Solver++")
 
 
 class Step(NamedTuple):
@@ -100,6 +101,31 @@ def step(
         x_next = x_next.to(storage)
     log_prob = _log_prob(dynamics_type, x_next.detach().to(dtype), mean, std) if random else None
     return Step(x_next, log_prob, mean, std)
+
+
+def dpm_step(v, x, sigma, sigma_next, sigma_last=None, x0_last=None):
+    """Take one step of the ODE by DPM-Solver++(2M), which is of second order and calls the network once, as Euler does.
+
+    sigma_last, x0_last: the sigma and the x0 (B, ...) of the step before; without them the step is of first order.
+    Dtypes and shapes are those of `step`. Returns (x_next in the dtype of x, x0 for the next step).
+
+    With λ = log((1 − σ) / σ) the exact flow is x' = σ'/σ x + σ' ∫ e^λ x0 dλ, from λ to λ'. A constant x0 makes that
+    x' = σ'/σ x + (1 − σ'/σ) x0, which is Euler's step and finite at every σ. The second order takes x0 from half a
+    step ahead in λ, on the line through the last two (arXiv 2211.01095 with α = 1 − σ). With an infinite λ the step is
+    of first order: to σ' = 0, and the first two from σ = 1 (as in MixGRPO-Flash, arXiv 2507.21802). So it is, unlike
+    there, if it is more than twice as long in λ as the last one, where the line would lead too far: no even schedule
+    has such a step, whatever its shift, but diffusers' for SD3 jumps from 0.278 (at T = 10) to 0.009.
+    """
+    dtype = torch.promote_types(torch.promote_types(v.dtype, x.dtype), torch.float32)
+    storage = x.dtype
+    v, x = v.to(dtype), x.to(dtype)
+    sigma, sigma_next = _like(sigma, x), _like(sigma_next, x)
+    x0 = ahead = x - sigma * v
+    if x0_last is not None:
+        last, now, after = (torch.logit(s) for s in (_like(sigma_last, x), sigma, sigma_next))  # −λ
+        half = (after - now) / (2 * (now - last))  # half of this step, in units of the last
+        ahead = x0 + torch.where(half.abs() <= 1, half, 0) * (x0 - x0_last)
+    return (ahead + sigma_next / sigma * (x - ahead)).to(storage), x0
 
 
 def _log_prob(dynamics_type, x_next, mean, std):

@@ -42,8 +42,9 @@ class TrainArgs:
     """Prompts in an epoch."""
     group_size: int = 24
     """Images of each prompt; their rewards are compared with one another."""
-    per_device_batch_size: int = 16
-    """Images in one call of the pipeline, in sampling and in training alike."""
+    per_device_batch_size: int = 12
+    """Images in one call of the pipeline, in sampling and in training alike. Where it divides group_size, a call has
+    one prompt, so groups of equal rewards cost no training, and same_init_noise shares the steps before the noise."""
     resolution: Resolution = 512
     """Pixels in training: one side of a square, or height and width."""
     num_inference_steps: int = 10
@@ -63,6 +64,9 @@ class TrainArgs:
     """Candidates for the steps that are stochastic and trained, from 0 (all noise); None is all but the last."""
     num_train_steps: Optional[int] = None
     """How many of the candidates are drawn in each epoch; the other steps are ODE. None is all of them."""
+    tail_steps: Optional[int] = None
+    """Network calls after the last stochastic step, at most, by DPM-Solver++(2M) on a coarser grid (MixGRPO-Flash).
+    None keeps the whole schedule there, with Euler's steps."""
 
     # The loss
 
@@ -136,6 +140,10 @@ def check(args):
         refuse("train.train_steps", train.train_steps, f"needs different step indices from 0 to {last}")
     if train.num_train_steps is not None and not 1 <= train.num_train_steps <= len(steps):
         refuse("train.num_train_steps", train.num_train_steps, f"there are {len(steps)} candidate steps to draw from")
+    earliest = sorted(steps)[(train.num_train_steps or len(steps)) - 1]
+    if train.tail_steps is not None and not 1 <= train.tail_steps <= last - earliest:
+        remedy = f"the last stochastic step is {earliest} or later, and after it come at most {last - earliest} steps"
+        refuse("train.tail_steps", train.tail_steps, f"{remedy}; take 1 to that many, or None")
     all_prompts = common.check_args(args)
     asked = {**args.reward, **args.eval.reward}
     with common.refusing("reward", args.reward):
@@ -156,6 +164,12 @@ def drawn_steps(train, epoch):
     candidates = candidate_steps(train)
     rng = np.random.default_rng([train.seed, epoch])
     return sorted(rng.choice(candidates, train.num_train_steps or len(candidates), replace=False).tolist())
+
+
+def most_steps(train):
+    """Sampling steps of an image with a tail, at most: those up to the last stochastic one, and the tail."""
+    start, end = max(candidate_steps(train)) + 1, train.num_inference_steps
+    return start + min(train.tail_steps, end - start) if train.tail_steps else None
 
 
 def step_weights(train, sigmas):
@@ -249,7 +263,8 @@ def main():
     checkpoint = common.Checkpoint(run, named, optimizer, reference=reference, ema=ema)
     prompts = common.read_prompts(args.prompts)
     calls_per_epoch = train.unique_sample_num_per_epoch * train.group_size // train.per_device_batch_size
-    common.print_plan(run, args, parameters, trained_steps=len(drawn_steps(train, 0)), networks=1 + bool(reference))
+    networks = 1 + bool(reference)
+    common.print_plan(run, args, parameters, len(drawn_steps(train, 0)), networks, most_steps(train))
 
     def evaluate(epoch):
         with ema.loaded() if ema else nullcontext():
@@ -269,7 +284,7 @@ def main():
         steps = drawn_steps(train, epoch)
         chosen = common.epoch_prompts(prompts, train.unique_sample_num_per_epoch, train.seed, epoch)
         images = [(group, member) for group in range(len(chosen)) for member in range(train.group_size)]
-        rollouts = []
+        rollouts, texts = [], {}  # texts: what was encoded already
         for batch in common.progress(common.batches(images, train.per_device_batch_size), "sampling and rewards"):
             start_seeds = [(train.seed, epoch, g, 0 if train.same_init_noise else m, 0) for g, m in batch]
             step_seeds = [(train.seed, epoch, g, m, 1) for g, m in batch]
@@ -282,7 +297,11 @@ def main():
                 generator=generators(*start_seeds),
                 **args.call,
             )
-            tape = rollout(pipe, call, train.dynamics_type, train.noise_level, steps, generators(*step_seeds))
+            noise, sibling = generators(*step_seeds), rollouts[-1] if rollouts else None
+            tape = rollout(
+                pipe, call, train.dynamics_type, train.noise_level, steps, noise, train.tail_steps,
+                texts=texts, sibling=sibling,
+            )  # fmt: skip
             judge.submit(tape.images.float(), call["prompt"])
             rollouts.append(tape)
         scores = judge.scores()
@@ -293,7 +312,8 @@ def main():
         else:
             advantages = group_advantages(totals, train.group_size, train.global_std)
         advantages = advantages.split(train.per_device_batch_size)
-        weights = step_weights(train, rollouts[0].sigmas.tolist())
+        silent = [not advantage.any() for advantage in advantages]
+        weights = step_weights(train, rollouts[0].schedule.tolist())
         metrics.add(common.group_metrics(rollouts, totals, train.group_size))
         if epoch == 1:
             first_step_contract(run, pipe, train, parameters, reference, rollouts, totals)
@@ -304,6 +324,8 @@ def main():
         for chunk in np.split(passes, train.num_inner_epochs * train.gradient_step_per_epoch):
             update = common.Metrics()
             for i, k in common.progress(list(product(chunk, steps)), "training"):
+                if silent[i] and not reference:
+                    continue  # no gradient comes from groups of equal rewards
                 if reference:
                     with torch.no_grad(), reference.loaded():
                         ref_velocity, ref_step = replay(pipe, rollouts[i], k)

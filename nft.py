@@ -54,6 +54,8 @@ class TrainArgs:
     """Pixels in training: one side of a square, or height and width."""
     num_inference_steps: int = 10
     """Sampling steps T in training."""
+    solver: Literal[dynamics.SOLVERS] = "Euler"
+    """Of the ODE sampler: Euler, or DPM-Solver++, which is of second order (as the paper's is) at the same cost."""
     guidance_scale: float = 1.0
     """Classifier-free guidance in sampling and in all predictions; the paper trains without, which is 1."""
     dynamics_type: Literal[dynamics.DYNAMICS] = "ODE"
@@ -140,6 +142,8 @@ def check(args):
         refuse("train.old_decay_max", train.old_decay_max, "must be at least 0 and below 1")
     if train.dynamics_type != "ODE" and not 0 < train.noise_level <= (1 if train.dynamics_type == "CPS" else np.inf):
         refuse("train.noise_level", train.noise_level, "must be above 0 (and at most 1 for CPS); 0.7 is usual")
+    if train.solver != "Euler" and train.dynamics_type != "ODE":
+        refuse("train.solver", train.solver, f"is for the ODE, and {train.dynamics_type} has steps of its own")
     if train.group_size < 2:
         refuse("train.group_size", train.group_size, "an image alone in its group has advantage 0; take at least 2")
     steps, last = candidate_steps(train), train.num_inference_steps - 1
@@ -254,6 +258,7 @@ def main():
     checkpoint = common.Checkpoint(run, named, optimizer, old=old, reference=reference, ema=ema)
     prompts = common.read_prompts(args.prompts)
     calls_per_epoch = train.unique_sample_num_per_epoch * train.group_size // train.per_device_batch_size
+    tail_steps = train.num_inference_steps if train.solver == "DPM-Solver++" else None  # without noise all is tail
     noisy_steps = range(train.num_inference_steps - 1) if train.dynamics_type != "ODE" else ()
     common.print_plan(run, args, parameters, trained_steps=len(drawn_steps(train, 0)), networks=2 + bool(reference))
 
@@ -276,7 +281,7 @@ def main():
         chosen = common.epoch_prompts(prompts, train.unique_sample_num_per_epoch, train.seed, epoch)
         images = [(group, member) for group in range(len(chosen)) for member in range(train.group_size)]
         batches = common.batches(images, train.per_device_batch_size)
-        rollouts = []
+        rollouts, texts = [], {}  # texts: what was encoded already
         for batch in common.progress(batches, "sampling and rewards"):
             start_seeds, step_seeds = ([(train.seed, epoch, g, m, part) for g, m in batch] for part in (0, 1))
             call = dict(
@@ -288,8 +293,11 @@ def main():
                 generator=generators(*start_seeds),
                 **args.call,
             )
+            noise = generators(*step_seeds)
             with old.loaded():
-                tape = rollout(pipe, call, train.dynamics_type, train.noise_level, noisy_steps, generators(*step_seeds))
+                tape = rollout(
+                    pipe, call, train.dynamics_type, train.noise_level, noisy_steps, noise, tail_steps, texts=texts
+                )
             judge.submit(tape.images.float(), call["prompt"])
             rollouts.append(tape)
         scores = judge.scores()

@@ -9,10 +9,10 @@ import math
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch.distributions import Normal
 
-from dynamics import DYNAMICS, step
+from dynamics import DYNAMICS, dpm_step, step
 
 torch.set_num_threads(1)
 SDES = ("Flow-SDE", "Dance-SDE")
@@ -571,6 +571,137 @@ def test_everything_is_finite_over_whole_schedules(dynamics_type, noise_level, d
 def test_unknown_dynamics_are_refused_by_name(name):
     with pytest.raises(ValueError, match="Flow-SDE, Dance-SDE, CPS, ODE"):
         step(name, randn(2, 5), randn(2, 5), 0.8, 0.7, 0.7)
+
+
+# ---- DPM-Solver++ ----
+
+
+def exact(x, sigma, sigma_next, var):
+    """The flow of the Gaussian world: (x − (1 − σ) M) / √q does not change along the ODE."""
+    z = (x - (1 - sigma) * M) / variance(sigma, var) ** 0.5
+    return (1 - sigma_next) * M + z * variance(sigma_next, var) ** 0.5
+
+
+def error(solver, sigmas, var):
+    """Of x at the end of a schedule, where x was M + 2 √q at its start, over that 2."""
+    start = (1 - sigmas[0]) * M + 2 * variance(sigmas[0], var).sqrt().reshape(1, 1)
+    x, last = start, (None, None)
+    for sigma, sigma_next in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
+        v = velocity(x, sigma, var)
+        if solver == "Euler":
+            x = step("ODE", v, x, sigma, sigma_next, 0.0).x_next
+        else:
+            x, x0 = dpm_step(v, x, sigma, sigma_next, *last)
+            last = (sigma, x0)
+    return (x - exact(start, sigmas[0], sigmas[-1], var)).item() / 2
+
+
+def even_lambda(T):
+    return torch.sigmoid(torch.linspace(4, -4, T + 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("var", [0.04, 0.25, 1.0])
+@pytest.mark.parametrize(("solver", "order"), [("DPM-Solver++", 2), ("Euler", 1)])
+def test_order_of_convergence(solver, order, var):  # M6
+    coarse, fine = (error(solver, even_lambda(T), var) for T in (320, 640))
+    assert math.log2(coarse / fine) == pytest.approx(order, abs=0.01)
+
+
+@pytest.mark.parametrize(("first", "last"), [(1.0, 0.02), (0.98, 0.0), (1.0, 0.0)])
+@pytest.mark.parametrize("var", [0.04, 0.25, 1.0])
+def test_error_of_the_ends_where_lambda_is_infinite(first, last, var):  # M6
+    """There a step has a length in λ that does not shrink with h: j steps from an end the error is C h² / j.
+
+    Its sum over the steps is C h² log T: of second order but for the logarithm. To leading order C follows from x0' at
+    σ = 1 and x0'' at σ = 0. For x one √q above its mean it is −var √q / 2 from one end and 3 / (4 √var) from the other.
+    """
+    schedules = (torch.linspace(first, last, T + 1, dtype=torch.float64) for T in (1280, 2560, 5120))
+    a, b, c = (error("DPM-Solver++", sigmas, var) / (sigmas[0] - sigmas[1]).item() ** 2 for sigmas in schedules)
+    C = ((2 * c - b) - (2 * b - a)) / math.log(2)  # the differences cancel h², the brackets h³
+    from_noise = -var / 2 * variance(last, var) ** 0.5 * (first == 1)
+    to_image = 0.75 / var**0.5 * (last == 0)
+    assert pytest.approx(from_noise + to_image, rel=0.01, abs=5e-4) == C
+
+
+@pytest.mark.parametrize(("sigma", "sigma_next"), [(1.0, 0.96), (0.6, 0.4), (0.25, 0.0), (1.0, 0.0)])
+def test_dpm_step_without_a_past_is_euler(sigma, sigma_next):
+    v, x = randn(2, 5), randn(2, 5, seed=1)
+    x_next, x0 = dpm_step(v, x, sigma, sigma_next)
+    close(x_next, step("ODE", v, x, sigma, sigma_next, 0.0).mean)
+    close(x0, x - sigma * v)
+    assert sigma_next > 0 or torch.equal(x_next, x0)
+
+
+@pytest.mark.parametrize(
+    "sigmas", [(1.0, 0.9, 0.8), (0.6, 0.4, 0.0), (1.0, 0.5, 0.0), (1.0, 1.0, 0.9), (0.5, 0.5, 0.4)]
+)
+def test_dpm_step_is_of_first_order_where_lambda_is_infinite(sigmas):  # M5; also after a step of no length
+    is_of_first_order(sigmas)
+
+
+def test_dpm_step_is_of_first_order_where_it_is_much_longer_than_the_last():
+    for T in (4, 5, 10, 20, 40):
+        *_, last, sigma, sigma_next, _ = pipeline_sigmas(T).tolist()  # SD3's, whose second to last sigma is 0.009
+        is_of_first_order((last, sigma, sigma_next))
+
+
+def is_of_first_order(sigmas):
+    v, x, past = (randn(2, 5, seed=seed) for seed in range(3))
+    last, sigma, sigma_next = sigmas
+    close(dpm_step(v, x, sigma, sigma_next, last, past)[0], x - (sigma - sigma_next) * v)
+
+
+def test_dpm_step_looks_half_a_step_ahead():
+    sigma, sigma_next, last = 0.6, 0.4, 0.7
+    v, x, past = (randn(2, 5, seed=seed) for seed in range(3))
+    lambda_last, lambda_, lambda_next = (math.log((1 - s) / s) for s in (last, sigma, sigma_next))
+    x0 = x - sigma * v
+    ahead = past + (x0 - past) * ((lambda_ + lambda_next) / 2 - lambda_last) / (lambda_ - lambda_last)
+    x_next, now = dpm_step(v, x, sigma, sigma_next, last, past)
+    close(x_next, sigma_next / sigma * x - (1 - sigma_next) * math.expm1(lambda_ - lambda_next) * ahead)
+    assert torch.equal(now, x0)
+
+
+@pytest.mark.parametrize("T", [1, 2, 10, 20])
+@pytest.mark.parametrize("first", [1.0, 0.999])
+def test_dpm_step_is_that_of_diffusers(T, first):
+    scheduler = DPMSolverMultistepScheduler(
+        solver_order=2, solver_type="midpoint", algorithm_type="dpmsolver++", lower_order_final=True,
+        prediction_type="flow_prediction", use_flow_sigmas=True, final_sigmas_type="zero",
+    )  # fmt: skip
+    scheduler.set_timesteps(T)
+    sigmas = torch.cat([torch.tensor([first]), shift_once(T)[1:].float()])
+    scheduler.sigmas, scheduler.timesteps = sigmas, 1000 * sigmas[:-1]
+    x, last = randn(2, 4, 8, 8, dtype=torch.float32), (None, None)
+    for k, t in enumerate(scheduler.timesteps):
+        v = randn(2, 4, 8, 8, seed=k, dtype=torch.float32)
+        ours, x0 = dpm_step(v, x, sigmas[k], sigmas[k + 1], *last)
+        x, last = scheduler.step(v, t, x, return_dict=False)[0], (sigmas[k], x0)
+        close(ours, x, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes_and_shapes_of_dpm_step(dtype):
+    wide = torch.promote_types(dtype, torch.float32)
+    v, x, past = (randn(3, 4, 2, seed=seed, dtype=dtype) for seed in range(3))
+    sigmas = torch.tensor([[1.0, 0.8, 0.6], [0.6, 0.5, 0.0], [0.7, 0.6, 0.5]])  # sigma_last, sigma, sigma_next
+    batch, x0 = dpm_step(v, x, sigmas[:, 1], sigmas[:, 2], sigmas[:, 0], past)
+    assert batch.dtype == dtype and x0.dtype == wide and batch.isfinite().all()
+    for i, (last, sigma, sigma_next) in enumerate(sigmas.tolist()):
+        row = (t[i : i + 1].to(wide) for t in (v, x))
+        alone, _ = dpm_step(*row, sigma, sigma_next, last, past[i : i + 1])
+        close(batch[i], alone[0].to(dtype), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dpm_step_is_finite_over_whole_schedules(dtype):  # M5
+    for sigmas in (SIGMAS, shift_once(10), pipeline_sigmas(1), pipeline_sigmas(2)):
+        x, last = randn(2, 8, dtype=dtype), (None, None)
+        for sigma, sigma_next in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
+            x, x0 = dpm_step(velocity(x, sigma, 0.25), x, sigma, sigma_next, *last)
+            last = (sigma, x0)
+            assert x.isfinite().all()
+        assert torch.equal(x, x0.to(dtype))
 
 
 # ---- Noise-aware weights of TempFlow-GRPO ----

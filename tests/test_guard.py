@@ -279,6 +279,16 @@ def test_one_update_per_epoch_is_on_policy(run):
         assert scale[0] < 0.9 * scale[1] < 0.81 * scale[2]
 
 
+def test_a_tail_does_not_change_the_weights(run, tmp_path):
+    """Nor does it change the step that is drawn; the weights of all candidates are those of the whole schedule."""
+    draw = ["--train.num-train-steps", 1, "--train.seed", 2, "--train.learning-rate", 0]  # step 0, then 1
+    tail, whole = run(*draw, "--train.tail-steps", 1, name="a"), run(*draw, name="b")
+    scales = [{k: v for k, v in row.items() if "gradient_scale" in k} for row in (*tail[1:], *whole[1:])]
+    assert "at most 32 network" in (tmp_path / "a" / "log.txt").read_text()
+    assert scales[:2] == scales[2:] and any(map(float, filter(None, scales[0].values())))
+    assert [row["train/contrast"] for row in tail] != [row["train/contrast"] for row in whole]
+
+
 def test_the_loss_of_a_run_is_divided_by_the_step_length(run):  # Q4
     options = ["--train.max-epochs", "1", "--train.gradient-step-per-epoch", "1", "--train.train-steps", "1"]
     rows = [run(*options, name="a")[1], run(*options, "--train.no-reweight", name="b")[1]]
@@ -348,6 +358,7 @@ def test_other_dynamics_are_refused(refused, dynamics_type):
         ("--train.noise-level 0", "train.noise_level = 0.0", "above 0"),
         ("--train.train-steps 4", "train.train_steps = [4]", "from 0 to 3"),
         ("--train.num-train-steps 4", "train.num_train_steps = 4", "3 candidate"),
+        ("--train.tail-steps 2", "train.tail_steps = 2", "step is 2 or later, and after it come at most 1 steps"),
     ],
 )
 def test_refusals(refused, options, what, remedy):

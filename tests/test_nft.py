@@ -10,6 +10,7 @@ import torch
 from conftest import read_csv
 
 import common
+import dynamics
 import nft
 import rewards
 from common import Snapshot, generators, replay, rollout
@@ -339,6 +340,7 @@ def run(start):
     [
         "--train.dynamics-type ODE --train.off-policy --finetune-type lora",
         "--train.dynamics-type ODE --train.no-off-policy --finetune-type full",
+        "--train.dynamics-type ODE --train.solver DPM-Solver++ --eval.solver DPM-Solver++",
         "--train.dynamics-type CPS --train.noise-level 0.8 --train.off-policy --finetune-type full",
         "--train.dynamics-type CPS --train.noise-level 0.8 --train.no-off-policy --finetune-type lora",
         "--train.dynamics-type Flow-SDE --train.off-policy --finetune-type full --train.ref-param-device cpu",
@@ -359,6 +361,14 @@ def test_samplers_and_old_policies(run, options):
         assert row["zero_std"] == 0
     decays = [0.5, 0.9] if "no-off-policy" not in options else [0, 0]
     assert [float(row["train/old_decay"]) for row in rows[1:]] == pytest.approx(decays)
+
+
+def test_the_solver_is_that_of_the_rollouts(run, monkeypatch):
+    plain, tails = nft.rollout, []
+    monkeypatch.setattr(nft, "rollout", lambda *args: tails.append(args[6]) or plain(*args))
+    few = ["--train.max-epochs", 1, "--train.num-inference-steps", 6]
+    euler, solver = (run(*few, "--train.solver", name, name=name[:3])[1] for name in dynamics.SOLVERS)
+    assert tails == [None, None, 6, 6] and euler["train/contrast"] != solver["train/contrast"]
 
 
 class Watched(Snapshot):
@@ -561,6 +571,7 @@ def refused(refusal):
         ("--train.num-train-steps 3", "train.num_train_steps = 3", "2 candidate"),
         ("--train.dynamics-type CPS --train.noise-level 1.1", "train.noise_level = 1.1", "at most 1 for CPS"),
         ("--train.dynamics-type Flow-SDE --train.noise-level 0", "train.noise_level = 0.0", "above 0"),
+        ("--train.dynamics-type CPS --train.solver DPM-Solver++", "train.solver = 'DPM-Solver++'", "is for the ODE"),
         ("--train.trainer-type grpo", "--train.trainer-type", "nft"),
     ],
 )

@@ -15,6 +15,7 @@ from conftest import SMALL, read_csv
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 import common
+import dynamics
 import grpo
 import rewards
 
@@ -80,12 +81,50 @@ def test_the_same_command_twice(run):
         "--train.resolution 32 --eval.resolution 64 --train.guidance-scale 2 --train.num-inner-epochs 2",
         "--train.resolution 32 48 --train.global-std",
         "--dtype bfloat16 --train.enable-gradient-checkpointing",
+        "--train.num-train-steps 1 --train.tail-steps 1 --train.loss-weighting noise-aware --train.seed 2",  # 0, then 1
+        "--eval.solver DPM-Solver++ --eval.num-inference-steps 3",
     ],
 )
 def test_options(run, options):
     rows = read_csv(run(*options.split()) / "metrics.csv")
     assert len(rows) == 3 and rows[-1]["eval/total"] != ""
     assert float(rows[1]["train/log_ratio"]) != 0  # the second update of an epoch is off-policy
+
+
+def test_the_plan_counts_the_calls_of_a_tail(run, monkeypatch):  # M5
+    plain, tapes = grpo.rollout, []
+    monkeypatch.setattr(grpo, "rollout", lambda *args: tapes.append(plain(*args)) or tapes[-1])
+    cases = (
+        ("--train.train-steps 0", 4, "          32 network"),
+        ("--train.train-steps 0 --train.tail-steps 2", 3, "at most 24 network"),
+        ("--train.train-steps 0 --train.tail-steps 1", 2, "at most 16 network"),
+        ("--train.train-steps 0 1 --train.num-train-steps 1 --train.tail-steps 3", 4, "at most 32 network"),
+    )
+    for name, (options, calls, plan) in enumerate(cases):
+        tapes.clear()
+        folder = run(*options.split(), "--train.max-epochs", 1, name=str(name))
+        assert plan in (folder / "log.txt").read_text()
+        assert max(len(tape.outputs) for tape in tapes) <= calls and {tape.sigmas[-1].item() for tape in tapes} == {0}
+        if "num-train-steps" not in options:
+            assert {len(tape.outputs) for tape in tapes} == {calls}
+
+
+def test_evaluation_by_the_second_order_solver(make_pipe, call):
+    pipe, _ = make_pipe()
+    prompts = call()["prompt"]
+    images = {}
+    for solver in dynamics.SOLVERS:
+        section = common.EvalArgs(num_inference_steps=5, guidance_scale=1.0, resolution=32, solver=solver)
+        args = grpo.Args(call={"max_sequence_length": 1}, eval=section)
+        images[solver] = common.evaluate(pipe, args, prompts, lambda x, _: {"total": x.mean((1, 2, 3))})[0]
+    request = call()
+    del request["generator"]
+    plain, solved = (
+        common.rollout(pipe, request, "ODE", 0.0, (), common.generators(*((section.seed, i) for i in range(4))), tail)
+        for tail in (None, 5)
+    )
+    assert torch.equal(images["Euler"], plain.images) and torch.equal(images["DPM-Solver++"], solved.images)
+    assert not torch.equal(plain.images, solved.images)
 
 
 def test_the_rows_follow_the_rewards(run):
@@ -152,6 +191,11 @@ REFUSALS = [
     ("--train.dynamics-type CPS --train.train-steps 3", "train.train_steps = [3]", "CPS has no noise"),
     ("--train.train-steps 1 2 --train.num-train-steps 3", "train.num_train_steps = 3", "2 candidate"),
     ("--train.num-train-steps 0", "train.num_train_steps = 0", "candidate"),
+    ("--train.tail-steps 0", "train.tail_steps = 0", "1 to that many"),
+    ("--train.tail-steps 2", "train.tail_steps = 2", "step is 2 or later, and after it come at most 1 steps"),
+    ("--train.train-steps 2 0 1 --train.num-train-steps 2 --train.tail-steps 3", "train.tail_steps = 3", "at most 2"),
+    ("--train.train-steps 3 --train.tail-steps 1", "train.tail_steps = 1", "at most 0 steps"),
+    ("--eval.solver Heun", "--eval.solver", "DPM-Solver++"),
     ("--train.noise-level 0", "train.noise_level = 0.0", "above 0"),
     ("--train.per-device-batch-size 3", "train.per_device_batch_size = 3", "2 would"),
     ("--train.gradient-step-per-epoch 3", "train.gradient_step_per_epoch = 3", "one of [1, 2]"),

@@ -1,9 +1,14 @@
 """The tape: what is replayed is what was sampled, what is sampled by the ODE is what diffusers samples."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 import common
+import dynamics
 from common import generators, replay, rollout
 
 SAMPLERS = [("Flow-SDE", 0.7), ("Dance-SDE", 0.3), ("CPS", 0.8)]
@@ -162,3 +167,102 @@ def test_ode_difference_sees_a_changed_sampler(make_pipe, call, monkeypatch):
         lambda self, v, t, x, **how: euler(self, v * (1.01 if hasattr(self, "listener") else 1), t, x, **how),
     )
     assert common.ode_difference(pipe, request) > 0
+
+
+# A tail by DPM-Solver++
+
+
+def by_hand(pipe, tape, x, start=0):
+    """What the solver makes of x from a step on, with the velocities of a replay."""
+    sigmas, last = tape.sigmas.tolist(), (None, None)
+    for k in range(start, len(sigmas) - 1):
+        with torch.no_grad():
+            velocity, _ = replay(pipe, tape, k, x)
+        x, x0 = dynamics.dpm_step(velocity, x, sigmas[k], sigmas[k + 1], *last)
+        x, last = x.to(velocity.dtype), (sigmas[k], x0)
+    return x
+
+
+@pytest.fixture
+def counted(make_pipe):
+    """A pipeline and the list of the batches that its denoiser was called with."""
+
+    def make(dtype=torch.float32):
+        pipe, _ = make_pipe(dtype)
+        calls = []
+        pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+        return pipe, calls
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tail_steps", [1, 2, 3, 4])
+def test_a_tail_leaves_the_steps_before_it_alone(counted, call, dtype, tail_steps):  # M5
+    pipe, calls = counted(dtype)
+    tape = rollout(pipe, call(steps=8), "Flow-SDE", 0.7, [1, 3], sde_noise(), tail_steps)
+    assert len(calls) == 4 + tail_steps
+    whole = rollout(pipe, call(steps=8), "Flow-SDE", 0.7, [1, 3], sde_noise())
+    assert len(tape.sigmas) == 4 + tail_steps + 1 and tape.sigmas[-1] == 0
+    assert torch.equal(tape.sigmas[:5], whole.sigmas[:5]) and tail_steps < 4 or torch.equal(tape.sigmas, whole.sigmas)
+    assert torch.equal(tape.schedule, whole.sigmas) and torch.equal(whole.schedule, whole.sigmas)
+    for k, taken in tape.steps.items():
+        assert torch.equal(taken.x_next, whole.steps[k].x_next)
+        velocity, step = replay(pipe, tape, k)
+        assert torch.equal(velocity, taken.velocity) and torch.equal(step.log_prob, taken.log_prob)
+    assert tape.images.isfinite().all()
+    assert torch.equal(tape.x0, by_hand(pipe, tape, tape.steps[3].x_next, start=4))
+
+
+def test_a_tail_that_is_longer_than_the_schedule_is_the_schedule(counted, call):
+    pipe, calls = counted()
+    for sde_steps, sigmas in (([3], 6), ([4], 6), ((), 6)):
+        tape = rollout(pipe, call(), "Flow-SDE", 0.7, sde_steps, sde_noise(), 9)
+        assert len(tape.sigmas) == sigmas and torch.equal(tape.sigmas, tape.schedule)
+    assert len(calls) == 3 * 5
+
+
+def unshifted(sigmas, shift=3.0):
+    return sigmas / (shift - (shift - 1) * sigmas)
+
+
+@pytest.mark.parametrize("kind", ["shifted once", "as SD3's pipeline has it", "inverted"])
+def test_every_tail_is_even_and_keeps_the_steps_before_it(kind):  # M5
+    for steps in range(1, 12):
+        for start, most in itertools.product(range(steps + 1), range(1, steps + 2)):
+            scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, invert_sigmas=kind == "inverted")
+            even = None if kind.startswith("as") else np.linspace(1, 1 / steps, steps)
+            scheduler.set_timesteps(steps, sigmas=even)
+            before, timesteps = scheduler.sigmas, scheduler.timesteps
+            tape = common.Rollout(tail_start=start, tail_steps=most)
+            common._regrid_tail(scheduler, tape)
+            assert len(scheduler.sigmas) == len(scheduler.timesteps) + 1 == start + min(most, steps - start) + 1
+            assert torch.equal(scheduler.sigmas[: start + 1], before[: start + 1])
+            assert torch.equal(scheduler.timesteps[: start + 1], timesteps[: len(scheduler.timesteps)][: start + 1])
+            assert torch.allclose(scheduler.timesteps, 1000 * scheduler.sigmas[:-1], atol=1e-3)
+            sigmas = common._noise_levels(scheduler)
+            assert sigmas[-1] == 0 and (sigmas.diff() < 0).all() and len(tape.schedule) == steps + 1
+            if most < steps - start:  # as even before the shift as linear interpolation between levels can be
+                gaps = -unshifted(sigmas[start:]).diff()
+                assert gaps.max() - gaps.min() < 0.25 / steps, (steps, start, most)
+
+
+def test_without_noise_the_tail_is_everything(counted, call):
+    pipe, calls = counted()
+    tape = rollout(pipe, call(), "ODE", 0.0, (), tail_steps=5)
+    assert len(calls) == 5 and torch.equal(tape.x0, by_hand(pipe, tape, tape.noise))
+    assert len(rollout(pipe, call(), "ODE", 0.0, (), tail_steps=3).sigmas) == 4
+
+
+def test_one_step_is_eulers(make_pipe, call):
+    pipe, _ = make_pipe()
+    solver, euler = (rollout(pipe, call(steps=1), "ODE", 0.0, (), tail_steps=tail) for tail in (1, None))
+    assert (solver.images - euler.images).abs().max() < 1e-5
+
+
+def test_the_solver_is_nearer_to_the_flow_than_euler(call):
+    pipe = common.load_pipeline(common.RunArgs.model, "cpu", torch.float32)
+    fine = rollout(pipe, call(steps=100), "ODE", 0.0, ()).images
+    for steps, ratio in ((5, 0.9), (10, 0.5)):
+        solver, euler = (rollout(pipe, call(steps=steps), "ODE", 0.0, (), tail_steps=t).images for t in (steps, None))
+        assert (solver - fine).square().mean() < ratio * (euler - fine).square().mean()
