@@ -489,6 +489,7 @@ def test_damage_is_found(tmp_path, spoil):
 def test_a_damaged_checkpoint_is_passed_over(finished, whole_run, resume, capsys):
     folder = finished
     flip_a_bit(common.checkpoints(folder)[-1] / "tensors.safetensors")
+    (folder / "checkpoints" / "epoch_0007.tmp").mkdir()  # left by a process that was killed, to be cleared away
     capsys.readouterr()
     resume(grpo, "--train.max-epochs", 4)
     said = capsys.readouterr().out
