@@ -162,7 +162,7 @@ def test_a_failing_reward_ends_the_run_at_once(start, monkeypatch, tmp_path, scr
         "    return images[99] if len(calls) == 3 else images.mean(dim=(1, 2, 3))\n"  # the third: after evaluation
     )
     sampled, rollout = [], common.rollout
-    monkeypatch.setattr(script, "rollout", lambda *a: sampled.append(1) or rollout(*a))
+    monkeypatch.setattr(script, "rollout", lambda *a, **k: sampled.append(1) or rollout(*a, **k))
     with pytest.raises(SystemExit, match=r"^error: reward '.*mine.py:bad' failed: IndexError: [^\n]*$"):
         start(
             script, "--reward", f"{tmp_path}/mine.py:bad=1", "--train.unique-sample-num-per-epoch", 8,
