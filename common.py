@@ -1832,6 +1832,7 @@ def _out_of_memory(error, args):
     free = {
         "--train.enable-gradient-checkpointing": not train.enable_gradient_checkpointing,
         "--train.ref-param-device cpu": train.ref_param_device != "cpu",
+        "--offload": not args.offload,
     }
     other = {
         f"a smaller --train.per-device-batch-size (now {train.per_device_batch_size})": True,

@@ -304,7 +304,8 @@ def test_what_a_run_trains_on(run, monkeypatch):
     for name, seen in (("guard_log_ratio", ratios), ("grpo_loss", losses), ("ratio_metrics", logged)):
         shipped = getattr(grpo_guard, name)
         monkeypatch.setattr(grpo_guard, name, lambda *args, f=shipped, seen=seen: seen.append(args) or f(*args))
-    monkeypatch.setattr(grpo_guard, "rollout", lambda *args: tapes.append(common.rollout(*args)) or tapes[-1])
+    recorded = lambda *args, **known: tapes.append(common.rollout(*args, **known)) or tapes[-1]  # noqa: E731
+    monkeypatch.setattr(grpo_guard, "rollout", recorded)
     run("--train.max-epochs", 1, "--train.clip-range", 1e-3, "--train.adv-clip-range", 3)
     reward = rewards.make_reward({"jpeg_compressibility": 1.0}, "cpu")
     totals = torch.cat([reward(tape.images, tape.call["prompt"])["total"] for tape in tapes])
@@ -313,7 +314,8 @@ def test_what_a_run_trains_on(run, monkeypatch):
         ratios, losses, logged, strict=True
     ):
         ((i, k),) = ((i, k) for i, tape in enumerate(tapes) for k in tape.steps if tape.steps[k].x_next is x_next)
-        assert old_mean is tapes[i].steps[k].mean and torch.equal(std, tapes[i].steps[k].std)
+        taken = tapes[i].steps[k]
+        assert torch.equal(old_mean, taken.mean) and torch.equal(std, taken.std)
         assert mean.requires_grad and (zero == 0).all() and torch.equal(given, advantages[i]) and clips == [1e-3, 3]
         used.add((i, k))
         bias = ((mean - old_mean) ** 2).flatten(1).mean(1) / (2 * std**2)

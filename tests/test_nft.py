@@ -365,7 +365,7 @@ def test_samplers_and_old_policies(run, options):
 
 def test_the_solver_is_that_of_the_rollouts(run, monkeypatch):
     plain, tails = nft.rollout, []
-    monkeypatch.setattr(nft, "rollout", lambda *args: tails.append(args[6]) or plain(*args))
+    monkeypatch.setattr(nft, "rollout", lambda *args, **known: tails.append(args[6]) or plain(*args, **known))
     few = ["--train.max-epochs", 1, "--train.num-inference-steps", 6]
     euler, solver = (run(*few, "--train.solver", name, name=name[:3])[1] for name in dynamics.SOLVERS)
     assert tails == [None, None, 6, 6] and euler["train/contrast"] != solver["train/contrast"]
@@ -407,9 +407,9 @@ def test_parameter_sets_of_a_run(run, monkeypatch, options, decays):  # N7
         forwards.append((Watched.loaded_now, torch.is_grad_enabled(), velocity.requires_grad, now()))
         return velocity, step
 
-    def watched_rollout(*args):
+    def watched_rollout(*args, **known):
         samplings.append((Watched.loaded_now, now()))
-        return rollout(*args)
+        return rollout(*args, **known)
 
     def watched_loss(v, v_old, *rest):
         losses.append((v.requires_grad, v_old.requires_grad, forwards[-3:]))
@@ -470,12 +470,12 @@ def test_parameter_sets_of_a_run(run, monkeypatch, options, decays):  # N7
 def test_a_run_depends_on_the_final_latents_alone(run, monkeypatch):  # N8
     kept = []
 
-    def recording(*args):
-        kept.append(rollout(*args))
+    def recording(*args, **known):
+        kept.append(rollout(*args, **known))
         return kept[-1]
 
-    def swapping(*args):
-        tape, first = rollout(*args), kept.pop(0)
+    def swapping(*args, **known):
+        tape, first = rollout(*args, **known), kept.pop(0)
         assert not torch.equal(tape.x0, first.x0)
         return dataclasses.replace(tape, x0=first.x0, images=first.images)
 
@@ -496,8 +496,8 @@ def test_what_a_run_trains_on(run, monkeypatch):
         seen.append(args)
         return nft_loss(*args)
 
-    def watched_rollout(*args):
-        tapes.append(rollout(*args))
+    def watched_rollout(*args, **known):
+        tapes.append(rollout(*args, **known))
         return tapes[-1]
 
     monkeypatch.setattr(nft, "nft_loss", watched_loss)

@@ -171,7 +171,8 @@ def fresh(family):
 
 
 def settings(**changed):
-    defaults = dict(finetune_type="lora", lora_rank=4, lora_alpha=6, target_modules=common.RunArgs().target_modules)
+    targets = common.RunArgs().target_modules
+    defaults = dict(finetune_type="lora", lora_rank=4, lora_alpha=6, target_modules=targets, compile=False)
     return SimpleNamespace(train=SimpleNamespace(enable_gradient_checkpointing=False), **defaults | changed)
 
 

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 import common
 import dynamics
 import grpo
+import grpo_guard
 import rewards
 
 ROOT = Path(common.__file__).parent
@@ -93,7 +94,7 @@ def test_options(run, options):
 
 def test_the_plan_counts_the_calls_of_a_tail(run, monkeypatch):  # M5
     plain, tapes = grpo.rollout, []
-    monkeypatch.setattr(grpo, "rollout", lambda *args: tapes.append(plain(*args)) or tapes[-1])
+    monkeypatch.setattr(grpo, "rollout", lambda *args, **known: tapes.append(plain(*args, **known)) or tapes[-1])
     cases = (
         ("--train.train-steps 0", 4, "          32 network"),
         ("--train.train-steps 0 --train.tail-steps 2", 3, "at most 24 network"),
@@ -116,7 +117,12 @@ def test_evaluation_by_the_second_order_solver(make_pipe, call):
     for solver in dynamics.SOLVERS:
         section = common.EvalArgs(num_inference_steps=5, guidance_scale=1.0, resolution=32, solver=solver)
         args = grpo.Args(call={"max_sequence_length": 1}, eval=section)
-        images[solver] = common.evaluate(pipe, args, prompts, lambda x, _: {"total": x.mean((1, 2, 3))})[0]
+
+        def keep(seen, _, solver=solver):
+            images[solver] = seen
+            return {"total": seen.mean((1, 2, 3))}
+
+        common.evaluate(pipe, args, prompts, keep)
     request = call()
     del request["generator"]
     plain, solved = (
@@ -473,3 +479,36 @@ def test_commands_of_the_readme(tmp_path, monkeypatch, command):
         assert exit.value.code == 0
     else:
         script.check(common.parse_args(script.Args, "", argv)[0])
+
+
+@pytest.mark.parametrize("script", [grpo, grpo_guard], ids=["grpo", "guard"])
+def test_groups_of_equal_rewards_are_not_replayed(start, monkeypatch, tmp_path, script):
+    (tmp_path / "mine.py").write_text(
+        "def circles(images, prompts):\n"
+        "    return images.mean(dim=(1, 2, 3)) * images.new_tensor(['circle' in p for p in prompts])\n"
+    )
+    replayed, replay = [], script.replay
+
+    def counted(pipe, tape, k):
+        replayed.append(tape.call["prompt"][0])
+        return replay(pipe, tape, k)
+
+    monkeypatch.setattr(script, "replay", counted)
+    reward = ["--reward", f"{tmp_path}/mine.py:circles=1", "--train.unique-sample-num-per-epoch", 3]
+    folder = start(script, *reward, "--train.gradient-step-per-epoch", 3, "--train.max-epochs", 1)
+    # after the contract: of three calls, each of one prompt, with three steps each
+    assert replayed[3:] == ["a red circle"] * 3
+    assert read_csv(folder / "metrics.csv")[1]["train/zero_std"] == "0.6666666865348816"
+    replayed.clear()
+    start(
+        script,
+        *reward,
+        "--train.kl-beta",
+        0.1,
+        "--train.max-epochs",
+        1,
+        "--train.gradient-step-per-epoch",
+        3,
+        name="kl",
+    )
+    assert replayed.count("a blue square") >= 2 * 3  # the penalty concerns every image

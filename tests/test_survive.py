@@ -322,7 +322,7 @@ def start(start, loaded, monkeypatch):
     """A tiny run in this process, of a pipeline that is loaded already, without the contract: other tests check it."""
     for script in (grpo, grpo_guard, nft):
         monkeypatch.setattr(script, "first_step_contract", lambda *_: None)
-    monkeypatch.setattr(common, "load_pipeline", lambda model, device, dtype: copy.deepcopy(loaded).to(dtype))
+    monkeypatch.setattr(common, "load_pipeline", lambda model, device, dtype, offload: copy.deepcopy(loaded).to(dtype))
     return lambda script, *argv, name="run": start(script, *TINY, "--train.max-epochs", 2, *argv, name=name)
 
 
@@ -674,7 +674,7 @@ def ends(start, monkeypatch):
     """How a run ends that meets an error in its first rollout."""
 
     def call(error, *argv):
-        def fail(*_):
+        def fail(*_, **__):
             raise error
 
         monkeypatch.setattr(grpo, "rollout", fail)

@@ -1,5 +1,7 @@
 """The tape: what is replayed is what was sampled, what is sampled by the ODE is what diffusers samples."""
 
+import collections
+import copy
 import itertools
 
 import numpy as np
@@ -266,3 +268,110 @@ def test_the_solver_is_nearer_to_the_flow_than_euler(call):
     for steps, ratio in ((5, 0.9), (10, 0.5)):
         solver, euler = (rollout(pipe, call(steps=steps), "ODE", 0.0, (), tail_steps=t).images for t in (steps, None))
         assert (solver - fine).square().mean() < ratio * (euler - fine).square().mean()
+
+
+def count_rows(pipe, *names):
+    """A Counter of the rows that networks of a pipeline work on from now on."""
+    rows = collections.Counter()
+
+    def count(module, args, kwargs):
+        rows[next(name for name in names if getattr(pipe, name) is module)] += len(
+            args[0] if args else kwargs["hidden_states"]
+        )
+
+    for name in names:
+        getattr(pipe, name).register_forward_pre_hook(count, with_kwargs=True)
+    return rows
+
+
+def test_texts_are_encoded_once(make_pipe, call):
+    pipe, _ = make_pipe()
+    plain = rollout(pipe, call(guidance_scale=3.0), "Flow-SDE", 0.7, [1, 3], sde_noise())
+    rows, texts = count_rows(pipe, "text_encoder", "text_encoder_2"), {}
+    repeated = {**call(guidance_scale=3.0), "prompt": ["a red circle", "a red circle", "a white cross", "a red circle"]}
+    rollout(pipe, repeated, "Flow-SDE", 0.7, [1], sde_noise(), texts=texts)
+    assert rows == {"text_encoder": 3, "text_encoder_2": 3}  # two prompts and the empty negative one
+    tape = rollout(pipe, call(guidance_scale=3.0), "Flow-SDE", 0.7, [1, 3], sde_noise(), texts=texts)
+    assert rows == {"text_encoder": 5, "text_encoder_2": 5}  # two prompts more
+    assert (tape.images - plain.images).abs().max() < 1e-4  # a row's last bits depend on its batch
+    for k, taken in tape.steps.items():
+        assert torch.equal(replay(pipe, tape, k)[1].log_prob, taken.log_prob)
+    assert rows == {"text_encoder": 5, "text_encoder_2": 5}  # a replay encodes nothing
+
+
+def test_an_encoder_is_asked_again_for_other_words_or_in_another_way():
+    memory, asked = {}, []
+
+    def encode(ids, mask=None, scale=1.0):
+        asked.append(len(ids))
+        return {"states": ids.float() * scale + (0 if mask is None else mask), "layers": (ids + 1,)}
+
+    a, b = torch.tensor([[1, 2], [3, 4], [1, 2]]), torch.tensor([[3, 4], [5, 6]])
+    for ids, rows, how in [(a, 2, {}), (b, 1, {}), (b, 2, dict(scale=2.0)), (b, 2, dict(mask=torch.ones(2, 2)))]:
+        before = len(asked)
+        answer = common._recall(memory, encode, ids, **how)
+        assert asked[before:] == [rows]
+        expected = encode(ids, **how)
+        assert torch.equal(answer["states"], expected["states"]) and torch.equal(answer["layers"][0], ids + 1)
+        asked.pop()
+    assert common._recall(memory, lambda x: x, "words") == "words"  # no rows of tokens: asked as ever
+
+
+def test_siblings_share_the_steps_before_the_noise(make_pipe, call):  # M1
+    pipe, parameters = make_pipe()
+    start = lambda: {**call(same_noise=True), "prompt": ["a red circle"] * 4}  # noqa: E731
+    first = rollout(pipe, start(), "Flow-SDE", 0.7, [2, 3], sde_noise())
+    rows = count_rows(pipe, "transformer")
+    other = generators(*((2, i) for i in range(4)))
+    alone = rollout(pipe, start(), "Flow-SDE", 0.7, [2, 3], other)
+    assert rows["transformer"] == 5 * 4
+    other = generators(*((2, i) for i in range(4)))
+    tape = rollout(pipe, start(), "Flow-SDE", 0.7, [2, 3], other, sibling=first)
+    assert rows["transformer"] == (5 + 3) * 4  # the first two steps are taken from the tape
+    assert torch.equal(tape.images, alone.images) and torch.equal(tape.noise, alone.noise)
+    for k in (2, 3):
+        for name in ("x", "x_next", "velocity", "log_prob", "mean", "std"):
+            assert torch.equal(getattr(tape.steps[k], name), getattr(alone.steps[k], name))
+        assert torch.equal(replay(pipe, tape, k)[1].log_prob, tape.steps[k].log_prob)
+    third = rollout(pipe, start(), "Flow-SDE", 0.7, [2, 3], sde_noise(), sibling=tape)  # from a tape that was shared
+    assert torch.equal(third.images, first.images)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(generator=generators((9,), (9,), (9,), (9,))), dict(prompt=["a blue square"] * 4), dict(guidance_scale=2.0)],
+    ids=["start", "prompt", "guidance"],
+)
+def test_only_equal_calls_are_siblings(make_pipe, call, change):
+    pipe, _ = make_pipe()
+    first = rollout(pipe, {**call(same_noise=True), "prompt": ["a red circle"] * 4}, "Flow-SDE", 0.7, [2], sde_noise())
+    changed = lambda: {**first.call, **copy.deepcopy(call(same_noise=True)), "prompt": ["a red circle"] * 4}  # noqa: E731
+    alone = rollout(pipe, {**changed(), **copy.deepcopy(change)}, "Flow-SDE", 0.7, [2], sde_noise())
+    tape = rollout(pipe, {**changed(), **copy.deepcopy(change)}, "Flow-SDE", 0.7, [2], sde_noise(), sibling=first)
+    assert torch.equal(tape.images, alone.images) and not torch.equal(tape.images, first.images)
+
+
+def test_steps_in_a_row_share_their_latents(make_pipe, call):
+    pipe, _ = make_pipe()
+    tape = rollout(pipe, call(), "Flow-SDE", 0.7, [0, 1, 3], sde_noise())
+    assert tape.steps[1].x is tape.steps[0].x_next and tape.steps[3].x is not tape.steps[1].x_next
+
+
+def test_guests_visit_and_leave(call, monkeypatch):
+    """On a CPU there is nowhere to go: that memory is freed is seen in docs/performance.md."""
+    plain = common.load_pipeline(common.RunArgs.model, "cpu", torch.float32)
+    pipe = common.load_pipeline(common.RunArgs.model, "cpu", torch.float32, offload=True)
+    guests = {name for name, module in pipe.components.items() if hasattr(module, "_hf_hook")}
+    assert guests == {"text_encoder", "text_encoder_2", "vae"}
+    here, most = set(), []
+
+    def arrive(visit, module, *args, **kwargs):
+        here.add(id(visit))
+        most.append(len(here))
+        return args, kwargs
+
+    monkeypatch.setattr(common._Visit, "pre_forward", arrive)
+    monkeypatch.setattr(common._Visit, "leave", lambda visit: here.discard(id(visit)))
+    images = rollout(pipe, call(guidance_scale=3.0), "ODE", 0.0, ()).images
+    assert torch.equal(images, rollout(plain, call(guidance_scale=3.0), "ODE", 0.0, ()).images)
+    assert most == [1] * 5 and not here  # two text encoders for two branches, and the VAE, one at a time
