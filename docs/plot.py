@@ -1,10 +1,14 @@
 """Draw accuracy against images from metrics.csv files.
 
 python docs/plot.py OUT.png LABEL=FILE[,FILE...] ...      several files of one label, its seeds: mean and range
+
+Seeds that were evaluated at other epochs than one another are joined by straight lines before the mean is taken.
 """
 
 import csv
 import sys
+
+import numpy as np
 
 try:
     import matplotlib
@@ -26,13 +30,12 @@ def main(out, *series):
     for one in series:
         label, _, paths = one.partition("=")
         curves = [curve(path) for path in paths.split(",")]
-        images = sorted(set.intersection(*map(set, curves)))
-        values = [[c[i] for c in curves] for i in images]
-        (line,) = axes.plot(images, [sum(v) / len(v) for v in values], marker="o", markersize=3, label=label)
+        end = min(max(c) for c in curves)
+        images = sorted(i for i in set().union(*curves) if i <= end)
+        values = np.array([np.interp(images, list(c), list(c.values())) for c in curves])
+        (line,) = axes.plot(images, values.mean(0), marker="o", markersize=3, label=label)
         if len(curves) > 1:
-            axes.fill_between(
-                images, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=line.get_color()
-            )
+            axes.fill_between(images, values.min(0), values.max(0), alpha=0.2, color=line.get_color())
     axes.set(xlabel="images sampled in training", ylabel="held-out accuracy", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend()
