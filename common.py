@@ -738,7 +738,7 @@ def rollout(
         if the call names none.
     tail_steps: take what is left after the last of sde_steps (everything, if there are none) by `dynamics.dpm_step`, in
         at most so many steps, evenly over that part of the schedule. None leaves it to the pipeline.
-    texts: a dict that remembers what the text encoders made of each prompt, for the calls to come.
+    texts: a dict that remembers what the text encoders made of the prompts, for the next call.
     sibling: an earlier Rollout. If it had the same call from the same start, then so are its steps up to the first
         stochastic one, and they are taken from its tape.
     """
@@ -791,13 +791,10 @@ class _Recorder:
         self.tape, self.sde_steps, self.generator = tape, set(sde_steps), generator
         self.k = 0  # the step under way
         self.ahead = ahead  # a _Player that knows the steps before the first stochastic one
+        self.skipping = ahead is not None  # those steps, up to the denoiser's call of the first stochastic one
         self.inside = False  # a recorded method may call another
         self.whole = whole  # keep the denoiser's outputs, not only their shapes
         self.x0 = None  # of the step before, in the tail
-
-    @property
-    def skipping(self):
-        return self.ahead is not None and self.k < self.ahead.target
 
     def method(self, name, method, *args, **kwargs):
         if self.inside:
@@ -811,6 +808,7 @@ class _Recorder:
         return _copy(answer)
 
     def denoiser(self, forward, *args, **kwargs):
+        self.skipping = self.skipping and self.k < self.ahead.target
         if self.skipping:
             self.tape.outputs[self.k] = self.ahead.tape.outputs[self.k]
             return self.ahead.denoiser(forward)
@@ -973,26 +971,27 @@ def _remembering(pipe, texts):
     with ExitStack() as stack:
         for name, module in pipe.components.items() if texts is not None else ():
             if name.startswith("text_encoder") and isinstance(module, torch.nn.Module):
-                listener = functools.partial(_recall, texts.setdefault(name, {}))
-                stack.enter_context(_routed(module, _listening, listener))
+                known, texts[name] = texts.get(name, {}), {}  # only what a call needs is kept for the next
+                stack.enter_context(_routed(module, _listening, functools.partial(_recall, known, texts[name])))
         yield
 
 
-def _recall(memory, encode, *args, **kwargs):
+def _recall(known, used, encode, *args, **kwargs):
     leaves = tree_leaves((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if len({len(t) for t in tensors}) != 1:  # not rows of tokens
+    if not tensors or len({t.shape[:1] for t in tensors} | {()}) != 2:  # not rows of tokens
         return encode(*args, **kwargs)
     how = repr([leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)])
     keys = [(how, repr(row)) for row in zip(*(t.tolist() for t in tensors), strict=True)]
-    new = {key: row for row, key in enumerate(keys) if key not in memory}
+    used |= {key: known[key] for key in keys if key in known}
+    new = {key: row for row, key in enumerate(keys) if key not in used}
     if new:
         rows = list(new.values())
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t[rows], (args, kwargs))
         output = encode(*args, **kwargs)
         for i, key in enumerate(new):
-            memory[key] = tree_map(lambda t: t[i : i + 1] if isinstance(t, torch.Tensor) else None, output)  # noqa: B023
-    answers = [memory[key] for key in keys]
+            used[key] = tree_map(lambda t: t[i : i + 1] if isinstance(t, torch.Tensor) else None, output)  # noqa: B023
+    answers = [used[key] for key in keys]
     return tree_map(lambda *rows: None if rows[0] is None else torch.cat(rows), *answers)
 
 

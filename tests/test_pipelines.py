@@ -3,6 +3,7 @@
 The core families run by default, the others with `-m families`.
 """
 
+import contextlib
 import copy
 import functools
 import json
@@ -100,6 +101,39 @@ def test_gradients_reach_the_adapters(family, dtype):
         _, step = common.replay(pipe, rollout, k)
         gradients = torch.autograd.grad(step.log_prob.sum(), parameters, allow_unused=True)
         assert sum(g.float().square().sum() for g in gradients if g is not None) > 0, f"step {k}"
+
+
+def test_what_is_known_already_changes_nothing(family, dtype):
+    """Texts that were encoded before, and the steps before the noise of a call from the same start."""
+    pipe, call, *_ = taped(family, dtype)
+    texts, sample = (
+        {},
+        lambda **known: common.rollout(
+            pipe, call | {"generator": noise(0)}, "Flow-SDE", 0.7, [1, 2], noise(1), **known
+        ),
+    )
+    first = sample(texts=texts)
+    with no_encoding(pipe) if family != "krea2" else contextlib.nullcontext():  # it gives positions by another order
+        alone = sample(texts=texts)
+        shared = sample(texts=texts, sibling=first)
+    for other in (alone, shared):
+        assert torch.equal(other.images, first.images)
+        for k, taken in first.steps.items():
+            again = common.replay(pipe, other, k)[1].log_prob
+            assert torch.equal(again, taken.log_prob) and torch.equal(again, other.steps[k].log_prob)
+
+
+@contextlib.contextmanager
+def no_encoding(pipe):
+    """Within it the text encoders fail where they are called in the ordinary way; some pipelines call parts of them."""
+    handles = [
+        module.register_forward_pre_hook(lambda *_: pytest.fail("encodes again"))
+        for name, module in pipe.components.items()
+        if name.startswith("text_encoder") and module is not None
+    ]
+    yield
+    for handle in handles:
+        handle.remove()
 
 
 def test_ode_is_the_plain_pipeline(family, dtype):

@@ -297,6 +297,8 @@ def test_texts_are_encoded_once(make_pipe, call):
     for k, taken in tape.steps.items():
         assert torch.equal(replay(pipe, tape, k)[1].log_prob, taken.log_prob)
     assert rows == {"text_encoder": 5, "text_encoder_2": 5}  # a replay encodes nothing
+    rollout(pipe, {**call(), "prompt": ["a red circle"] * 4}, "ODE", 0.0, (), texts=texts)
+    assert rows["text_encoder"] == 5 and len(texts["text_encoder"]) == 1  # the others are forgotten
 
 
 def test_an_encoder_is_asked_again_for_other_words_or_in_another_way():
@@ -309,12 +311,13 @@ def test_an_encoder_is_asked_again_for_other_words_or_in_another_way():
     a, b = torch.tensor([[1, 2], [3, 4], [1, 2]]), torch.tensor([[3, 4], [5, 6]])
     for ids, rows, how in [(a, 2, {}), (b, 1, {}), (b, 2, dict(scale=2.0)), (b, 2, dict(mask=torch.ones(2, 2)))]:
         before = len(asked)
-        answer = common._recall(memory, encode, ids, **how)
+        answer = common._recall(memory, memory, encode, ids, **how)
         assert asked[before:] == [rows]
         expected = encode(ids, **how)
         assert torch.equal(answer["states"], expected["states"]) and torch.equal(answer["layers"][0], ids + 1)
         asked.pop()
-    assert common._recall(memory, lambda x: x, "words") == "words"  # no rows of tokens: asked as ever
+    for odd in ("words", torch.tensor(1)):  # no rows of tokens: asked as ever
+        assert common._recall(memory, memory, lambda x: x, odd) is odd
 
 
 def test_siblings_share_the_steps_before_the_noise(make_pipe, call):  # M1
