@@ -917,8 +917,13 @@ def _stepping(cls):
         _regrid_tail(self, self.listener.tape)
 
     def deepcopy(self, memo):  # with a copy a pipeline steps latents of another kind, sound: that stays its own ODE
-        twin = copy.copy(self)
-        twin.step = functools.partial(self.listener.method, "step", functools.partial(cls.step, twin))
+        twin, listener = copy.copy(self), self.listener
+
+        def step(*args, **kwargs):
+            twin._step_index = len(listener.tape.answers["step"])  # earlier steps may have been answered from a tape
+            return cls.step(twin, *args, **kwargs)
+
+        twin.step = functools.partial(listener.method, "step", step)
         return twin
 
     members = {"step": step, "scale_model_input": scale_model_input, "set_timesteps": set_timesteps}
