@@ -20,6 +20,7 @@ import importlib.util
 import inspect
 import io
 import json
+import math
 import os
 import platform
 import random
@@ -29,11 +30,13 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, Optional, Union
 
@@ -43,6 +46,7 @@ import peft
 import torch
 import torch._dynamo.config
 import torch._inductor.config
+import torch.distributed as dist
 import transformers
 import tyro
 import yaml
@@ -59,6 +63,94 @@ import dynamics
 
 HERE = Path(__file__).resolve().parent
 Resolution = Union[int, tuple[int, int]]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes: torchrun starts several that run the same script. Each has the whole policy and samples the groups of its
+# own part of an epoch's prompts; what is computed does not depend on how many they are.
+
+PATIENCE = timedelta(minutes=30)  # with a process that is slow; of one that ended the others know at once
+
+
+def world():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    """The number of this process, from 0; process 0 writes and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@contextmanager
+def processes():
+    """Join the processes that torchrun has started, if it has; where this one fails, torchrun ends the others."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backends, timeout=PATIENCE)
+    try:
+        yield
+    except BaseException as error:
+        if world() == 1:
+            raise
+        code = error.code if isinstance(error, SystemExit) else "".join(traceback.format_exception(error)).rstrip()
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)  # at once: exiting could wait for threads, and NCCL for others
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def own(items):
+    """The part of a sequence that belongs to this process: a block, in the order of the ranks."""
+    return items[len(items) * rank() // world() : len(items) * (rank() + 1) // world()]
+
+
+def gather(value):
+    """[the value of each process], in the order of their ranks, in each of them; any value that can be pickled."""
+    values = [value] * world()
+    if world() > 1:
+        with _together():
+            dist.all_gather_object(values, value)
+    return values
+
+
+def gather_rows(named):
+    """{name: (n,)} of this process -> {name: (N,)} of all, in the order of their ranks; some may lack a name."""
+    if world() == 1:
+        return named
+    parts = gather({name: value.detach().cpu() for name, value in named.items()})
+    device = next((value.device for value in named.values()), None)
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: torch.cat([part[name] for part in parts if name in part]).to(device) for name in names}
+
+
+def average_gradients(parameters):
+    """Make each gradient its mean over the processes, by one all-reduce of all of them.
+
+    One that only some processes have counts as 0 in the others; one that none has stays None.
+    """
+    if world() == 1:
+        return
+    zero_or = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    exist = torch.tensor([p.grad is not None for p in parameters]).to(zero_or[0])
+    flat = torch.cat([exist, *(gradient.flatten() for gradient in zero_or)])
+    with _together():
+        dist.all_reduce(flat)
+    exist, *gradients = (flat / world()).split([len(exist), *(p.numel() for p in parameters)])
+    for p, exists, gradient in zip(parameters, (exist > 0).tolist(), gradients, strict=True):
+        p.grad = gradient.view_as(p) if exists else None
+
+
+@contextmanager
+def _together():
+    """Around what all processes do: one that waits in vain for another says so in a line; the other said why."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"error: process {rank()} of {world()} has lost another one ({reason})") from error
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments: the script's dataclass < the model folder's defaults.yaml < --config < the command line
@@ -182,6 +274,8 @@ _said_by = {}  # {dotted key: the file that set it}, so that a refusal can name 
 
 def refuse(key, value, remedy) -> NoReturn:
     """End the program with one readable message and exit status 2."""
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        time.sleep(10)  # the first process of this machine says the same, and torchrun ends this one then
     file = f" (from {_said_by[key]})" if key in _said_by else ""
     print(f"error: {key} = {value!r}{file}: {remedy}", file=sys.stderr)
     raise SystemExit(2)
@@ -382,24 +476,28 @@ def check_args(args):
                 f"{key}={args.call[key]}",
                 "is set by the script; see --train and --eval for what can be changed",
             )
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        refuse("WORLD_SIZE", os.environ["WORLD_SIZE"], "the scripts run in one process; start them without torchrun")
-
-    images = args.train.unique_sample_num_per_epoch * args.train.group_size
-    batch, updates = args.train.per_device_batch_size, args.train.gradient_step_per_epoch
+    prompts, batch = args.train.unique_sample_num_per_epoch, args.train.per_device_batch_size
+    images, updates = prompts * args.train.group_size // world(), args.train.gradient_step_per_epoch
+    each = f" of each of {world()} processes" if world() > 1 else ""
+    if prompts % world():
+        nearest = max(1, round(prompts / world())) * world()
+        refuse(
+            "train.unique_sample_num_per_epoch", prompts,
+            f"each of {world()} processes takes as many prompts, with all images of each; {nearest} would do",
+        )  # fmt: skip
     if images % batch:
         good = [b for b in range(1, images + 1) if images % b == 0]
         nearest = min(good, key=lambda b: abs(b - batch))
         refuse(
             "train.per_device_batch_size", batch,
-            f"does not divide the {images} images of an epoch (unique_sample_num_per_epoch x group_size); "
+            f"does not divide the {images} images of an epoch{each} (unique_sample_num_per_epoch x group_size); "
             f"{nearest} would",
         )  # fmt: skip
     if updates < 1 or (images // batch) % updates:
         good = [u for u in range(1, images // batch + 1) if (images // batch) % u == 0]
         refuse(
             "train.gradient_step_per_epoch", updates,
-            f"does not divide the {images // batch} pipeline calls of an epoch; one of {good} would, "
+            f"does not divide the {images // batch} pipeline calls of an epoch{each}; one of {good} would, "
             f"or another train.per_device_batch_size",
         )  # fmt: skip
 
@@ -408,6 +506,11 @@ def check_args(args):
             torch.empty(0, device=args.device)
         except (RuntimeError, AssertionError) as error:
             refuse("device", args.device, str(error).splitlines()[0])
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if world() > 1 and args.device not in ("auto", "cuda", "cpu"):
+        refuse("device", args.device, "each process has a device of its own; auto, cuda or cpu would do")
+    if world() > 1 and gpus and args.device != "cpu" and local > gpus:
+        refuse("--nproc-per-node", local, f"each process takes a GPU, and this machine has {gpus}")
     for key, package in (("track", "wandb"), ("tensorboard", "tensorboard")):
         if getattr(args, key) and importlib.util.find_spec(package) is None:
             refuse(key, True, f"needs the package {package}: pip install {package}")
@@ -499,12 +602,15 @@ def _quiet():
 
 
 def pick_device(args):
-    """The torch device of --device, made ready; auto is the GPU if there is one."""
+    """The torch device of --device, made ready; auto is the GPU if there is one, to each process its own."""
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     if args.cpu_threads:
         torch.set_num_threads(args.cpu_threads)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # float32 models use the tensor cores
+    if device.type == "cuda" and world() > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     return device
 
 
@@ -1124,6 +1230,20 @@ def batches(items, length):
     return [items[start : start + length] for start in range(0, len(items), length)]
 
 
+def calls_of_updates(train, epoch):
+    """For each optimizer step of an epoch, the calls of this process that it is over, counted from 0.
+
+    Of each `gradient_step_per_epoch` calls in a row every step of a pass takes one, at random from (seed, epoch): so a
+    step is over the same calls whatever the number of processes.
+    """
+    calls = train.unique_sample_num_per_epoch * train.group_size // train.per_device_batch_size
+    order, steps = np.random.default_rng([train.seed, epoch, 1]), []
+    for _ in range(train.num_inner_epochs):
+        rows = own(order.permuted(np.arange(calls).reshape(-1, train.gradient_step_per_epoch), axis=1))
+        steps += list((rows - rows.min()).T)
+    return steps
+
+
 def generators(*seeds):
     """One CPU generator per tuple of integers: the same noise on every device, in every batch and on every rank."""
     states = [int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1) for seed in seeds]
@@ -1147,6 +1267,13 @@ class Metrics:
     def means(self, prefix):
         return {f"{prefix}{name}": torch.stack(values).mean().item() for name, values in self.values.items()}
 
+    def gathered(self):
+        """The same of all processes."""
+        everyone = Metrics()
+        rows = gather_rows({name: torch.stack(values) for name, values in self.values.items()})
+        everyone.values.update({name: list(values) for name, values in rows.items()})
+        return everyone
+
     def first_not_finite(self):
         """The name of the first scalar with a value that is not finite, in the order they were first added; or None."""
         return next((name for name, values in self.values.items() if not torch.stack(values).isfinite().all()), None)
@@ -1161,16 +1288,17 @@ def silent_groups(totals, group_size):
 def group_metrics(rollouts, totals, group_size):
     """What shows a run going wrong before its reward does: silent groups, and images growing alike.
 
+    rollouts: of this process; totals: (N,) of the epoch. All that is returned is of the epoch.
     zero_std: share of groups whose rewards are all equal. contrast: std of the pixels of an image. group_spread: std
     of a pixel over a group, averaged.
     """
     images = torch.cat([tape.images.float() for tape in rollouts])
     groups = images.reshape(-1, group_size, *images.shape[1:])
+    spread = {"contrast": images.flatten(1).std(dim=1), "group_spread": groups.std(dim=1).flatten(1).mean(dim=1)}
     return {
         "reward_std": totals.reshape(-1, group_size).std(dim=1, correction=0).mean(),
         "zero_std": silent_groups(totals, group_size).float().mean(),
-        "contrast": images.flatten(1).std(dim=1).mean(),
-        "group_spread": groups.std(dim=1).mean(),
+        **{name: value.mean() for name, value in gather_rows(spread).items()},
     }
 
 
@@ -1187,10 +1315,13 @@ class Judge:
         self.calls.append(self.thread.submit(self.reward, images, prompts))
 
     def scores(self):
-        """{"name": (N,), ..., "total": (N,)} of all that was submitted since the last time, in that order."""
+        """{"name": (N,), ..., "total": (N,)} of all that was submitted since the last time, in that order.
+
+        The scores are those of all processes, one after another.
+        """
         scores = [call.result() for call in self.calls]
         self.calls = []
-        return {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
+        return gather_rows({name: torch.cat([s[name] for s in scores]) for name in (scores[0] if scores else ())})
 
 
 def image_statistics(images):
@@ -1238,8 +1369,11 @@ def evaluate(pipe, args, prompts, reward):
     height, width = size(args.eval.resolution)
     judge, shown, looks = Judge(reward), dict.fromkeys(evenly(len(prompts), SHOWN)), defaultdict(list)
     group = []  # the images so far of a prompt that has not all of its images
-    for start in progress(range(0, len(prompts), args.eval.per_device_batch_size), "evaluation"):
-        batch = slice(start, start + args.eval.per_device_batch_size)
+    length = args.eval.per_device_batch_size
+    runs = range(0, len(prompts), math.lcm(length, each))  # of whole calls and of all images of a prompt
+    starts = [start for run in own(runs) for start in range(run, min(run + runs.step, len(prompts)), length)]
+    for start in progress(starts, "evaluation"):
+        batch = slice(start, start + length)
         call = dict(
             prompt=prompts[batch],
             generator=noise[batch],
@@ -1266,7 +1400,10 @@ def evaluate(pipe, args, prompts, reward):
                 looks["group_spread"] += [torch.stack(group).std(dim=0).mean()[None]] if each > 1 else []
                 group = []
     scores = {name: value.cpu() for name, value in judge.scores().items()}
-    return prompts, scores, {name: torch.cat(value).mean().item() for name, value in looks.items() if value}, shown
+    looks = gather_rows({name: torch.cat(value) for name, value in looks.items() if value})
+    parts = gather({i: frames for i, frames in shown.items() if frames is not None})
+    shown = {i: frames for part in parts for i, frames in part.items()}
+    return prompts, scores, {name: value.mean().item() for name, value in looks.items()}, shown
 
 
 def evenly(count, most):
@@ -1309,12 +1446,16 @@ def _wrap(text, width, lines=2):
 def step_optimizer(run, optimizer, named, update, max_grad_norm):
     """Clip the gradients and take an optimizer step; where a loss or a gradient is not finite, skip it and say so.
 
-    named: {name: parameter}; update: the Metrics of this update, with each `loss` in it. Returns its means and the norm
-    of the gradient before clipping; nothing of an update that was skipped.
+    named: {name: parameter}; update: the Metrics of this update, with each `loss` in it. Gradients and metrics are
+    those of all processes. Returns the means and the norm of the gradient before clipping; nothing of an update that
+    was skipped.
     """
+    update = update.gathered()
+    average_gradients(list(named.values()))
     gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
     norm = torch.nn.utils.get_total_norm(gradients.values())
-    finite = torch.stack([norm.float(), *update.values.get("loss", ())]).isfinite().all()
+    losses = [loss.to(norm.device) for loss in update.values.get("loss", ())]
+    finite = torch.stack([norm.float(), *losses]).isfinite().all()
     if finite:
         torch.nn.utils.clip_grads_with_norm_(named.values(), max_grad_norm, norm)
         optimizer.step()
@@ -1330,7 +1471,7 @@ def step_optimizer(run, optimizer, named, update, max_grad_norm):
 
 def progress(items, what):
     """A progress bar, on a terminal only."""
-    return tqdm(items, desc=what, leave=False, disable=None)
+    return tqdm(items, desc=what, leave=False, disable=True if rank() else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1338,7 +1479,10 @@ def progress(items, what):
 
 
 class Run:
-    """A folder runs/<run_name>/ with all that a run was and did; it is made before the model is loaded."""
+    """A folder runs/<run_name>/ with all that a run was and did; it is made before the model is loaded.
+
+    Of several processes the first one writes there and prints; all read the checkpoint that a run is resumed from.
+    """
 
     current = None  # the run of this process, for what has to end it from outside the loop
 
@@ -1348,8 +1492,17 @@ class Run:
         self.interrupted = None  # the signal that asks the run to end after this epoch
         self.in_loop = False
         self.eval_prompts = read_prompts(args.eval.prompts or args.prompts)
+        self.folder = Path(args.resume) if args.resume else gather(_new_folder(args, script))[0]
+        self.trackers, self.checkpoint = [], None
+        if rank() == 0:
+            self._open(sources, script)
+        self.checkpoint = gather(self.checkpoint)[0]
+        Run.current = self
+
+    def _open(self, sources, script):
+        """Make the folder or find the checkpoint there, and say what this run is."""
+        args = self.args
         settings, environment = _settings(args), _environment(args, script)
-        self.folder = Path(args.resume) if args.resume else _new_folder(args, script)
         try:
             if not args.resume:
                 with whole(self.folder) as folder:
@@ -1364,8 +1517,6 @@ class Run:
             write_file(self.folder / "args.yaml", yaml.safe_dump(settings, sort_keys=False))
         except OSError as error:
             refuse("output_dir", args.output_dir, f"cannot write {self.folder}: {error.strerror}")
-        Run.current = self
-        self.trackers = []
         if args.track:
             import wandb
 
@@ -1398,10 +1549,13 @@ class Run:
     @property
     def command(self):
         """What continues this run, typed where it was begun."""
-        return f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(self.folder))}"
+        launcher = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}" if world() > 1 else "python"
+        return f"{launcher} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(self.folder))}"
 
     def print(self, line=""):
         """A line on the console and in log.txt."""
+        if rank():
+            return
         tqdm.write(str(line), file=sys.stdout)
         sys.stdout.flush()
         with open(self.folder / "log.txt", "a") as log:
@@ -1409,6 +1563,8 @@ class Run:
 
     def log(self, row):
         """One row of metrics.csv ({column: number}), one console line with the most telling of them."""
+        if rank():
+            return
         seconds = round(time.time() - self.started, 2)
         row = {"epoch": row.pop("epoch"), "images": row.pop("images"), "seconds": seconds} | row
         if row["epoch"]:
@@ -1443,18 +1599,20 @@ class Run:
             try:
                 return reward(images, prompts)
             except ValueError as error:  # which is what rewards.py makes of all failures
-                with whole(self.folder / "failed_reward", replace=True) as folder:
+                failed = self.folder / f"failed_reward{rank() or ''}"
+                with whole(failed, replace=True) as folder:
                     for i, image in enumerate(images.flatten(0, -4)):  # the frames of videos, one after another
                         pixels = (image.float().permute(1, 2, 0) * 255).round().clamp(0, 255).byte()
                         Image.fromarray(pixels.cpu().numpy()).save(folder / f"{i:04d}.png")
                     (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
                 what = str(error).removeprefix("error: ")
-                raise RunError(f"{what}; its images and prompts are in {self.folder / 'failed_reward'}") from error
+                raise RunError(f"{what}; its images and prompts are in {failed}") from error
 
         return watched
 
     def contract(self, what, value, holds):
-        """One line of the first-step contract; ends the run if it does not hold."""
+        """One line of the first-step contract, from the process where it is worst; ends the run if it does not hold."""
+        value, holds = min(gather((value, holds)), key=lambda found: (found[1], -found[0]))
         self.print(f"contract: {what}: {value:.6g}{'' if holds else '   BROKEN'}")
         if not holds:
             raise SystemExit(f"error: the first-step contract is broken: {what} is {value:.6g}; nothing was trained")
@@ -1462,6 +1620,11 @@ class Run:
     def evaluate(self, epoch, pipe, reward):
         """Evaluate, keep the grid and each image's rewards, and return the columns of metrics.csv."""
         prompts, scores, statistics, shown = evaluate(pipe, self.args, self.eval_prompts, reward)
+        names = ["total", *(name for name in scores if name != "total")]
+        columns = {f"eval/{name}": scores[name].mean().item() for name in names}
+        columns |= {f"eval/image/{name}": value for name, value in statistics.items()}
+        if rank():
+            return columns
         images = self.folder / "images"
         if epoch == 0:
             np.savez_compressed(images / "base.npz", totals=scores["total"], shown=np.stack(list(shown.values())))
@@ -1474,13 +1637,13 @@ class Run:
             writer = csv.writer(file)
             writer.writerow(["prompt", *scores])
             writer.writerows(zip(prompts, *(v.tolist() for v in scores.values()), strict=True))
-        names = ["total", *(name for name in scores if name != "total")]
-        rewards = {f"eval/{name}": scores[name].mean().item() for name in names}
-        return rewards | {f"eval/image/{name}": value for name, value in statistics.items()}
+        return columns
 
     def save_weights(self, pipe):
         """The trained weights in diffusers' own format: lora/ (with its alpha), or the denoiser's own folder."""
         trained = denoisers(pipe)
+        if rank():
+            return
         if self.args.finetune_type == "full":
             for name, module in trained.items():
                 with whole(self.folder / name, replace=True) as folder:
@@ -1510,13 +1673,14 @@ def print_plan(run, args, parameters, trained_steps, networks, most_steps=None):
     train = args.train
     images = train.unique_sample_num_per_epoch * train.group_size
     calls = images // train.per_device_batch_size
+    by = f" by {world()} processes" if world() > 1 else ""
     updates = train.gradient_step_per_epoch * train.num_inner_epochs
     forwards = images * (most_steps or train.num_inference_steps)
     replays = images * trained_steps * train.num_inner_epochs * networks
     run.print(
         f"training {sum(p.numel() for p in parameters):,} parameters ({args.finetune_type}) of {args.model}\n"
         f"an epoch: {train.unique_sample_num_per_epoch} prompts x {train.group_size} = {images} images "
-        f"in {calls} calls of {train.per_device_batch_size}; {updates} updates over {trained_steps} steps each;\n"
+        f"in {calls} calls of {train.per_device_batch_size}{by}; {updates} updates over {trained_steps} steps each;\n"
         f"          {'at most ' if most_steps else ''}{forwards:,} network evaluations to sample, {replays:,} to train"
         f"{' (true classifier-free guidance doubles both)' if train.guidance_scale > 1 else ''}"
     )
@@ -1582,7 +1746,7 @@ def _environment(args, script):
         commit = ""
     versions = {m.__name__: str(m.__version__) for m in (torch, diffusers, transformers, peft, np)}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    machine = {"python": platform.python_version(), **versions, "gpu": gpu}
+    machine = {"python": platform.python_version(), **versions, "gpu": gpu, "processes": world()}
     files = {"prompts": args.prompts, "eval.prompts": args.eval.prompts, "script": script}
     files = {key: path and sha256(path) for key, path in files.items()}
     began = {"command": " ".join(sys.argv), "started": time.strftime("%Y%m%d-%H%M%S")}
@@ -1681,10 +1845,10 @@ def newest_checkpoint(run):
 class Checkpoint:
     """All that decides how a run goes on, in a folder checkpoints/epoch_NNNN of the run folder.
 
-    tensors.safetensors has whole tensors by parameter name: parameters/NAME, <snapshot>/NAME, optimizer/NAME/KEY, and
-    the states of torch's generators; state.json has the numbers, the rows of metrics.csv among them; SHA256SUMS is
-    theirs. Noise and prompts come from (seed, epoch, prompt, member), so an epoch is repeated exactly; the states of
-    the generators are kept for rewards that draw from them.
+    tensors.safetensors has whole tensors by parameter name: parameters/NAME, <snapshot>/NAME and optimizer/NAME/KEY;
+    state.json has the numbers, the rows of metrics.csv among them; SHA256SUMS is theirs. Noise and prompts come from
+    (seed, epoch, prompt, member), so an epoch is repeated exactly, by any number of processes; the states of the
+    random generators of each process are kept for rewards that draw from them.
     """
 
     def __init__(self, run, named, optimizer, **snapshots):
@@ -1702,32 +1866,31 @@ class Checkpoint:
         run = self.run
         last = epoch >= run.args.train.max_epochs
         broken = run.in_a_row >= MOST_SKIPPED
-        if last or broken or run.interrupted or epoch % run.args.checkpoint_freq == 0:
+        interrupted = max(gather(run.interrupted or 0))  # in any process
+        if last or broken or interrupted or epoch % run.args.checkpoint_freq == 0:
             self._write(epoch, updates)
         run.in_loop = not last
         if broken:
             raise RunError(
                 f"{run.in_a_row} updates in a row were skipped, the last because {run.culprit} is not finite"
             )
-        if run.interrupted and not last:
-            name = signal.Signals(run.interrupted).name
+        if interrupted and not last:
+            name = signal.Signals(interrupted).name
             run.print(f"{name}: epoch {epoch} is finished and saved; continue with: {run.command}")
-            raise SystemExit(128 + run.interrupted)
+            raise SystemExit(128 + interrupted)
 
     def _write(self, epoch, updates):
         run = self.run
         tensors = {f"{of}/{name}": t for of, ts in self._sets().items() for name, t in zip(self.named, ts, strict=True)}
         for name, p in self.named.items():
             tensors |= {f"optimizer/{name}/{key}": t for key, t in self.optimizer.state.get(p, {}).items()}
-        tensors["random/cpu"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["random/cuda"] = torch.cuda.get_rng_state()
-        algorithm, key, *rest = np.random.get_state()
         state = {
             **{"epoch": epoch, "updates": updates, "seconds": time.time() - run.started, "rows": run.rows},
             "in_a_row": run.in_a_row if run.in_a_row < MOST_SKIPPED else 0,
-            **{"random": random.getstate(), "numpy": [algorithm, key.tolist(), *rest]},
+            "random": gather(_random_states()),
         }
+        if rank():
+            return
         with whole(run.folder / "checkpoints" / f"epoch_{epoch:04d}") as folder:
             save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "tensors.safetensors")
             (folder / "state.json").write_text(json.dumps(state))
@@ -1759,18 +1922,31 @@ class Checkpoint:
             own = f"optimizer/{name}/"
             optimizer["state"][i] = {key.removeprefix(own): t for key, t in tensors.items() if key.startswith(own)}
         self.optimizer.load_state_dict(optimizer)
-        torch.set_rng_state(tensors["random/cpu"])
-        if torch.cuda.is_available() and "random/cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random/cuda"])
-        version, words, gauss = state["random"]
-        random.setstate((version, tuple(words), gauss))
-        np.random.set_state(state["numpy"])
+        _set_random_states(state["random"][rank() % len(state["random"])])
         run.rows, run.in_a_row, run.started = state["rows"], state["in_a_row"], time.time() - state["seconds"]
-        run.write_metrics()
+        if rank() == 0:
+            run.write_metrics()
         epochs = run.args.train.max_epochs
         done = f"; all {epochs} are, and a larger --train.max-epochs adds more" if state["epoch"] >= epochs else ""
         run.print(f"resumed: epochs up to {state['epoch']} are done{done}")
         return state["epoch"] + 1, state["updates"]
+
+
+def _random_states():
+    """Those of the generators of Python, numpy and torch."""
+    algorithm, key, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
+    own = {"python": random.getstate(), "numpy": [algorithm, key.tolist(), *rest]}
+    return own | {"torch": torch.get_rng_state().tolist(), "cuda": cuda}
+
+
+def _set_random_states(states):
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+    if torch.cuda.is_available() and states["cuda"]:
+        torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1798,19 +1974,20 @@ def start(main):
     """
     for number in SIGNALS:
         signal.signal(number, _interrupt)
-    try:
-        main()
-    except Exception as error:
-        if Run.current is None:
+    with processes():
+        try:
+            main()
+        except Exception as error:
+            if Run.current is None:
+                raise
+            if isinstance(error, torch.OutOfMemoryError):
+                raise RunError(_out_of_memory(error, Run.current.args)) from error
+            if isinstance(error, SafetensorError) or getattr(error, "errno", None) in NO_ROOM:
+                raise RunError(
+                    f"cannot write in {Run.current.folder}, where older checkpoints are whole: {error}"
+                ) from error
+            error.add_note(f"continue with: {Run.current.command}")
             raise
-        if isinstance(error, torch.OutOfMemoryError):
-            raise RunError(_out_of_memory(error, Run.current.args)) from error
-        if isinstance(error, SafetensorError) or getattr(error, "errno", None) in NO_ROOM:
-            raise RunError(
-                f"cannot write in {Run.current.folder}, where older checkpoints are whole: {error}"
-            ) from error
-        error.add_note(f"continue with: {Run.current.command}")
-        raise
 
 
 def _interrupt(number, frame):
@@ -1820,7 +1997,8 @@ def _interrupt(number, frame):
     going_on = run is not None and run.in_loop
     line = "finishing and saving the epoch in hand; once more ends at once" if going_on else "ended before training"
     then = f"; continue with: {run.command}" if run else ""
-    os.write(2, f"{name}: {line}{then}\n".encode())  # not print, which this may have interrupted
+    if rank() == 0:
+        os.write(2, f"{name}: {line}{then}\n".encode())  # not print, which this may have interrupted
     if not going_on:
         raise SystemExit(128 + number)
     run.interrupted = number
