@@ -47,6 +47,7 @@ import torch
 import torch._dynamo.config
 import torch._inductor.config
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import transformers
 import tyro
 import yaml
@@ -56,6 +57,9 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from tqdm import tqdm
 
@@ -128,9 +132,11 @@ def gather_rows(named):
 def average_gradients(parameters):
     """Make each gradient its mean over the processes, by one all-reduce of all of them.
 
-    One that only some processes have counts as 0 in the others; one that none has stays None.
+    One that only some processes have counts as 0 in the others; one that none has stays None. Gradients of sharded
+    parameters are left alone: the backward pass has averaged them already.
     """
-    if world() == 1:
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]
+    if world() == 1 or not parameters:
         return
     zero_or = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     exist = torch.tensor([p.grad is not None for p in parameters]).to(zero_or[0])
@@ -230,6 +236,9 @@ class RunArgs:
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
     )  # fmt: skip
     """Names of the linear layers that get adapters: the attention projections, or all-linear."""
+    shard: bool = False
+    """Full fine-tuning of a model that one GPU cannot hold, in several processes: each keeps its share of the trained
+    parameters, their copies and the optimizer (FSDP2). Groups of equal rewards are then trained on like others."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the frozen weights and the arithmetic. Trained parameters are always float32."""
     device: str = "auto"
@@ -485,6 +494,10 @@ def check_args(args):
             "train.unique_sample_num_per_epoch", prompts,
             f"each of {world()} processes takes as many prompts, with all images of each; {nearest} would do",
         )  # fmt: skip
+    if args.shard and world() == 1:
+        refuse("shard", True, "needs several processes to share the model: torchrun --nproc-per-node 2 ...")
+    if args.shard and args.finetune_type != "full":
+        refuse("shard", True, f"is for full fine-tuning, not {args.finetune_type}; add --finetune-type full")
     if images % batch:
         good = [b for b in range(1, images + 1) if images % b == 0]
         nearest = min(good, key=lambda b: abs(b - batch))
@@ -603,7 +616,7 @@ def _quiet():
 
 def pick_device(args):
     """The torch device of --device, made ready; auto is the GPU if there is one, to each process its own."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    device = torch.device(_device(args))
     if args.cpu_threads:
         torch.set_num_threads(args.cpu_threads)
     if device.type == "cuda":
@@ -614,9 +627,13 @@ def pick_device(args):
     return device
 
 
+def _device(args):
+    return ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+
+
 def make_pipeline(args, device):
     """The pipeline that the arguments ask for: its model, its dtype, and where its memory goes."""
-    pipe = load_pipeline(args.model, device, getattr(torch, args.dtype), args.offload)
+    pipe = load_pipeline(args.model, device, getattr(torch, args.dtype), args.offload, args.shard)
     for key, method in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
         if getattr(args, key):
             if not hasattr(getattr(pipe, "vae", None), method):
@@ -625,20 +642,22 @@ def make_pipeline(args, device):
     return pipe
 
 
-def load_pipeline(model, device, dtype, offload=False) -> DiffusionPipeline:
+def load_pipeline(model, device, dtype, offload=False, shard=False) -> DiffusionPipeline:
     """Load a diffusers folder or hub id, frozen, on a device and in a dtype.
 
     Components that model_index.json holds as null are passed as None, the idiom by which SD3's T5 is left out.
-    offload: text encoders and VAE stay on the CPU and visit the device.
+    offload: text encoders and VAE stay on the CPU and visit the device. shard: the denoisers stay there too, for
+    `shard_blocks` to bring a part of them.
     """
     index = DiffusionPipeline.load_config(model)
     absent = {name: None for name, spec in index.items() if isinstance(spec, (list, tuple)) and spec[0] is None}
     with _quiet():
         pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, **absent)
+    for name, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module) and not (shard if name in denoisers(pipe) else offload):
+            module.to(device)
     if offload:
         let_visit(pipe, device)
-    else:
-        pipe.to(device)
     use_flow_matching(pipe)
     pipe.set_progress_bar_config(disable=True)
     for module in _modules(pipe):
@@ -647,12 +666,10 @@ def load_pipeline(model, device, dtype, offload=False) -> DiffusionPipeline:
 
 
 def let_visit(pipe, device):
-    """Put the denoisers on the device; all other networks stay on the CPU and visit it while they work."""
+    """Keep all networks but the denoisers on the CPU; they visit the device while they work."""
     visits = []
     for name, module in pipe.components.items():
-        if name in denoisers(pipe):
-            module.to(device)
-        elif isinstance(module, torch.nn.Module):
+        if isinstance(module, torch.nn.Module) and name not in denoisers(pipe):
             visits.append(_Visit(module, device))
             add_hook_to_module(module, visits[-1])
     # diffusers calls this at the end of a pipeline; a VAE's decode() has no other end
@@ -742,19 +759,36 @@ def trainable_parameters(pipe, args, seed):
             denoiser.enable_gradient_checkpointing()
         if args.compile:
             compile_blocks(denoiser)
+        for parameter in denoiser.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        if args.shard:
+            shard_blocks(denoiser, torch.device(_device(args)).type)
     named = {f"{name}.{key}": p for name, module in denoisers(pipe).items() for key, p in module.named_parameters()}
-    named = {name: p for name, p in named.items() if p.requires_grad}
-    for parameter in named.values():
-        parameter.data = parameter.data.float()
-    return named
+    return {name: p for name, p in named.items() if p.requires_grad}
+
+
+def _blocks(denoiser, key):
+    """The blocks that a transformer repeats; without any the option `key` is refused."""
+    kinds = getattr(denoiser, "_repeated_blocks", None) or getattr(denoiser, "_no_split_modules", None) or ()
+    blocks = [module for module in denoiser.modules() if type(module).__name__ in kinds]
+    if not blocks:
+        refuse(key, True, f"diffusers does not say which blocks {type(denoiser).__name__} repeats; leave it out")
+    return blocks
+
+
+def shard_blocks(denoiser, device_type):
+    """Divide each parameter among the processes; a block is put together while it works, and then forgotten again."""
+    mesh = dist.init_device_mesh(device_type, (world(),))
+    name = type(denoiser).__name__
+    for module in (*_blocks(denoiser, "shard"), denoiser):  # the root too is forgotten: it would miss loaded snapshots
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    type(denoiser).__name__ = name  # under which diffusers saves it
 
 
 def compile_blocks(denoiser):
     """Compile the blocks that a transformer repeats; those of one kind share their code."""
-    kinds = getattr(denoiser, "_repeated_blocks", None) or getattr(denoiser, "_no_split_modules", None) or ()
-    blocks = [module for module in denoiser.modules() if type(module).__name__ in kinds]
-    if not blocks:
-        refuse("compile", True, f"diffusers does not say which blocks {type(denoiser).__name__} repeats; leave it out")
+    blocks = _blocks(denoiser, "compile")
     # round where eager rounds, so that the graphs with and without gradients agree: else the ratio is not 1 in bfloat16
     torch._inductor.config.emulate_precision_casts = True
     torch._dynamo.config.recompile_limit = 64  # kinds of blocks x shapes x with and without gradients
@@ -1174,7 +1208,10 @@ def ode_difference(pipe, call, count=2):
 
 
 class Snapshot:
-    """A copy of parameters, on their own device or another, that can take their place for a while."""
+    """A copy of parameters, on their own device or another, that can take their place for a while.
+
+    Of sharded parameters it holds the same shard.
+    """
 
     def __init__(self, parameters, device=None):
         self.parameters = list(parameters)
@@ -1183,14 +1220,20 @@ class Snapshot:
     @contextmanager
     def loaded(self):
         """Within it the parameters have the snapshot's values; afterwards always their own again."""
-        own = [p.data for p in self.parameters]
+        own = [p.detach().clone() if isinstance(p, DTensor) else p.data for p in self.parameters]
         try:
-            for p, value in zip(self.parameters, self.values, strict=True):
-                p.data = value.to(p.device)
+            self._put(self.values)
             yield
         finally:
-            for p, data in zip(self.parameters, own, strict=True):
-                p.data = data
+            self._put(own)
+
+    @torch.no_grad()
+    def _put(self, values):
+        for p, value in zip(self.parameters, values, strict=True):
+            if isinstance(p, DTensor):
+                p.copy_(value.to(p.device))  # in place: blocks are put together from this memory
+            else:
+                p.data = value.to(p.device)
 
     @torch.no_grad()
     def update(self, decay):
@@ -1372,7 +1415,8 @@ def evaluate(pipe, args, prompts, reward):
     length = args.eval.per_device_batch_size
     runs = range(0, len(prompts), math.lcm(length, each))  # of whole calls and of all images of a prompt
     starts = [start for run in own(runs) for start in range(run, min(run + runs.step, len(prompts)), length)]
-    for start in progress(starts, "evaluation"):
+    idle = max(gather(len(starts))) - len(starts) if args.shard else 0  # a sharded network works in all processes
+    for number, start in enumerate(progress([*starts, *[0] * idle], "evaluation")):
         batch = slice(start, start + length)
         call = dict(
             prompt=prompts[batch],
@@ -1388,6 +1432,8 @@ def evaluate(pipe, args, prompts, reward):
         else:
             tail = args.eval.num_inference_steps
             images = rollout(pipe, {**call, **args.call}, "ODE", 0.0, (), tail_steps=tail).images.float()
+        if number >= len(starts):
+            continue
         judge.submit(images, prompts[batch])
         for name, value in image_statistics(images).items():
             looks[name].append(value)
@@ -1453,20 +1499,28 @@ def step_optimizer(run, optimizer, named, update, max_grad_norm):
     update = update.gathered()
     average_gradients(list(named.values()))
     gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
-    norm = torch.nn.utils.get_total_norm(gradients.values())
+    norm = gradient_norm(named.values())
     losses = [loss.to(norm.device) for loss in update.values.get("loss", ())]
     finite = torch.stack([norm.float(), *losses]).isfinite().all()
     if finite:
         torch.nn.utils.clip_grads_with_norm_(named.values(), max_grad_norm, norm)
         optimizer.step()
     else:
-        culprits = (f"the gradient of {name}" for name, g in gradients.items() if not g.isfinite().all())
-        run.skip(update.first_not_finite() or next(culprits, "the norm of the gradient"))
+        parts = {name: g.to_local() if isinstance(g, DTensor) else g for name, g in gradients.items()}
+        culprits = (f"the gradient of {name}" for name, g in parts.items() if not g.isfinite().all())
+        culprit = next(filter(None, gather(next(culprits, None))), "the norm of the gradient")
+        run.skip(update.first_not_finite() or culprit)
     optimizer.zero_grad()
     if not finite:
         return {}
     run.in_a_row = 0 if run.in_a_row < MOST_SKIPPED else run.in_a_row
     return {**update.means(""), "grad_norm": norm}
+
+
+def gradient_norm(parameters):
+    """That of all gradients together."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def progress(items, what):
@@ -1642,11 +1696,15 @@ class Run:
     def save_weights(self, pipe):
         """The trained weights in diffusers' own format: lora/ (with its alpha), or the denoiser's own folder."""
         trained = denoisers(pipe)
+        states = {name: whole_state(module) for name, module in trained.items()} if self.args.shard else {}
         if rank():
             return
         if self.args.finetune_type == "full":
             for name, module in trained.items():
-                with whole(self.folder / name, replace=True) as folder:
+                with whole(self.folder / name, replace=True) as folder, ExitStack() as stack:
+                    if self.args.shard:
+                        module.state_dict = lambda name=name: states[name]
+                        stack.callback(delattr, module, "state_dict")
                     module.save_pretrained(folder)
             with whole(self.folder / "scheduler", replace=True) as folder:
                 pipe.scheduler.save_pretrained(folder)
@@ -1663,6 +1721,16 @@ class Run:
                     module.save_lora_adapter(folder / name)
             if layers:
                 pipe.save_lora_weights(folder, **layers)
+
+
+def whole_state(module):
+    """The state of a sharded network, put together on the CPU of the first process; nothing in the others."""
+    state = {}
+    for name, value in module.state_dict().items():
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        if rank() == 0:
+            state[name] = value.cpu()
+    return state
 
 
 def print_plan(run, args, parameters, trained_steps, networks, most_steps=None):
@@ -1775,13 +1843,18 @@ def write_file(path, text):
     sync(path.parent)
 
 
+def temporary(folder):
+    """Where a folder is until it is whole."""
+    return folder.with_name(f"{folder.name}.tmp")
+
+
 @contextmanager
 def whole(folder, replace=False):
     """An empty folder to fill, which then becomes `folder`; where that fails nothing of it is left.
 
     What was there before goes only at the end, and only with `replace`; without, it may be an empty folder.
     """
-    new = folder.with_name(f"{folder.name}.tmp")
+    new = temporary(folder)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
@@ -1803,6 +1876,12 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checksum(parameters):
+    """The sum of all bits of float32 parameters as integers, on their own device; 0 of sharded ones."""
+    sums = [p.detach().view(torch.int32).sum() for p in parameters if not isinstance(p, DTensor)]
+    return torch.stack(sums).sum().item() if sums else 0
+
+
 def checkpoints(run_folder):
     """The checkpoints of a run, oldest first; one that is being written or removed has a suffix and is none."""
     folders = [path for path in (run_folder / "checkpoints").glob("epoch_*") if not path.suffix]
@@ -1814,7 +1893,7 @@ def damage(checkpoint):
     try:
         lines = (checkpoint / "SHA256SUMS").read_text().splitlines()
         sums = {name: digits for digits, name in (line.split("  ") for line in lines)}
-        for name in ("tensors.safetensors", "state.json"):
+        for name in {path.name for path in checkpoint.iterdir()} - {"SHA256SUMS"} | sums.keys() | {"state.json"}:
             if sha256(checkpoint / name) != sums[name]:
                 return f"{name} does not have its checksum"
     except (OSError, ValueError, KeyError) as error:
@@ -1849,6 +1928,9 @@ class Checkpoint:
     state.json has the numbers, the rows of metrics.csv among them; SHA256SUMS is theirs. Noise and prompts come from
     (seed, epoch, prompt, member), so an epoch is repeated exactly, by any number of processes; the states of the
     random generators of each process are kept for rewards that draw from them.
+
+    With --shard each process writes and reads its shards (torch.distributed.checkpoint, under the same names), again
+    for any number of processes; the first one renames the folder when all that is in it has its checksum.
     """
 
     def __init__(self, run, named, optimizer, **snapshots):
@@ -1867,6 +1949,8 @@ class Checkpoint:
         last = epoch >= run.args.train.max_epochs
         broken = run.in_a_row >= MOST_SKIPPED
         interrupted = max(gather(run.interrupted or 0))  # in any process
+        if len(set(gather(checksum(self.named.values())))) > 1:
+            raise RunError("the processes have come to different parameters; is the hardware sound?")
         if last or broken or interrupted or epoch % run.args.checkpoint_freq == 0:
             self._write(epoch, updates)
         run.in_loop = not last
@@ -1889,13 +1973,21 @@ class Checkpoint:
             "in_a_row": run.in_a_row if run.in_a_row < MOST_SKIPPED else 0,
             "random": gather(_random_states()),
         }
-        if rank():
+        if rank() and not run.args.shard:
             return
-        with whole(run.folder / "checkpoints" / f"epoch_{epoch:04d}") as folder:
-            save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "tensors.safetensors")
-            (folder / "state.json").write_text(json.dumps(state))
-            sums = "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir()))
-            (folder / "SHA256SUMS").write_text(sums)
+        folder = run.folder / "checkpoints" / f"epoch_{epoch:04d}"
+        with nullcontext(temporary(folder)) if rank() else whole(folder) as new:
+            if run.args.shard:
+                gather("the folder is there")
+                with _unwrapped():
+                    dcp.save(tensors, checkpoint_id=new)
+            else:
+                save_file({name: t.contiguous() for name, t in tensors.items()}, new / "tensors.safetensors")
+            if rank():
+                return
+            (new / "state.json").write_text(json.dumps(state))
+            sums = "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(new.iterdir()))
+            (new / "SHA256SUMS").write_text(sums)
         for old in checkpoints(run.folder)[: -run.args.keep_checkpoints]:
             shutil.rmtree(old.rename(old.with_suffix(".tmp")))
 
@@ -1909,7 +2001,7 @@ class Checkpoint:
             random.seed(run.args.train.seed)  # torch's generator was seeded for the adapters
             np.random.seed(run.args.train.seed)
             return 0, 0
-        tensors = load_file(run.checkpoint / "tensors.safetensors")
+        tensors = self._read_shards() if run.args.shard else load_file(run.checkpoint / "tensors.safetensors")
         state = json.loads((run.checkpoint / "state.json").read_text())
         for of, own in self._sets().items():
             for name, tensor in zip(self.named, own, strict=True):
@@ -1930,6 +2022,29 @@ class Checkpoint:
         done = f"; all {epochs} are, and a larger --train.max-epochs adds more" if state["epoch"] >= epochs else ""
         run.print(f"resumed: epochs up to {state['epoch']} are done{done}")
         return state["epoch"] + 1, state["updates"]
+
+    def _read_shards(self):
+        """This process's shard of each tensor in the checkpoint that is as those of this run."""
+        saved = dcp.FileSystemReader(self.run.checkpoint).read_metadata().state_dict_metadata
+        like = {f"{of}/{name}": t for of, ts in self._sets().items() for name, t in zip(self.named, ts, strict=True)}
+        for key in saved:
+            of, _, name = key.partition("/")
+            if of == "optimizer":
+                name, _, kind = name.rpartition("/")
+                like[key] = torch.zeros(()) if kind == "step" else self.named[name].detach()
+        tensors = {key: torch.zeros_like(t) for key, t in like.items() if key in saved and saved[key].size == t.shape}
+        with _unwrapped():
+            dcp.load(tensors, checkpoint_id=self.run.checkpoint)
+        return tensors
+
+
+@contextmanager
+def _unwrapped():
+    """Raise what went wrong in a process as it was there."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
 
 
 def _random_states():

@@ -312,7 +312,7 @@ def main():
         else:
             advantages = group_advantages(totals, train.group_size, train.global_std)
         advantages = common.own(advantages).split(train.per_device_batch_size)
-        silent = [not advantage.any() for advantage in advantages]
+        silent = [not args.shard and not advantage.any() for advantage in advantages]
         weights = step_weights(train, rollouts[0].schedule.tolist())
         metrics.add(common.group_metrics(rollouts, totals, train.group_size))
         if epoch == 1:
@@ -382,7 +382,7 @@ def first_step_contract(run, pipe, train, parameters, reference, rollouts, total
             with torch.no_grad(), reference.loaded():
                 ref = replay(pipe, rollouts[0], k)
             kl_loss(train.kl_type, *replay(pipe, rollouts[0], k), *ref)[0].backward()
-        gradient = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item()
+        gradient = common.gradient_norm(parameters).item()
         for p in parameters:
             p.grad = None
         run.contract("KL gradient, a little away from the base model", gradient, gradient > 0)

@@ -368,7 +368,7 @@ def first_step_contract(run, pipe, train, parameters, old, reference, rollouts, 
         beside.values = [value + 1e-3 * torch.randn_like(value) for value in beside.values]
         with beside.loaded():
             ((replay(pipe, rollouts[0], k, x)[0].float() - v.float()) ** 2).mean().backward()
-        gradient = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item()
+        gradient = common.gradient_norm(parameters).item()
         for p in parameters:
             p.grad = None
         run.contract("KL gradient, a little away from the base model", gradient, gradient > 0)
