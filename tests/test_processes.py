@@ -122,17 +122,30 @@ def assert_close_weights(one, other, path, tolerance=1e-4):
 # One, two and four
 
 
-def test_two_processes_are_as_one(work, monkeypatch):
-    jobs = [(script, *arguments(f"two-{script}")) for script in SCRIPTS]
-    said = together(work, 2, *jobs)
-    assert "in 8 calls of 1 by 2 processes" in said and said.count("epoch    2") == 3
-    for script in SCRIPTS:
-        alone(work, monkeypatch, script, *arguments(f"one-{script}"))
-        one, two = (work / "runs" / f"{count}-{script}" for count in ("one", "two"))
-        assert_alike(one, two)
-        weights = "lora/pytorch_lora_weights.safetensors"
-        assert_close_weights(one, two, weights)
-        assert (two / "log.txt").read_text().count("\nepoch") == 3
+EPOCHS = {"grpo.py": "2", "grpo_guard.py": "1", "nft.py": "1"}
+
+
+def sharded(script):
+    """The jobs of a sharded run that is resumed after its first epoch."""
+    argv = arguments(f"sharded-{script}", *SHARDED, "--shard", "--train.max-epochs", "1")
+    return (script, *argv), (script, "--resume", f"runs/sharded-{script}", "--train.max-epochs", "2")
+
+
+@pytest.fixture(scope="module")
+def two(work):
+    """What two processes say that run each script, and one sharded, so that they are started once."""
+    jobs = [(script, *arguments(f"two-{script}", "--train.max-epochs", EPOCHS[script])) for script in SCRIPTS]
+    return together(work, 2, *jobs, *sharded("grpo.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes_are_as_one(work, two, monkeypatch, script):
+    assert f"{script} -> runs/two-{script}" in two and "in 8 calls of 1 by 2 processes" in two
+    alone(work, monkeypatch, script, *arguments(f"one-{script}", "--train.max-epochs", EPOCHS[script]))
+    one, other = (work / "runs" / f"{count}-{script}" for count in ("one", "two"))
+    assert_alike(one, other)
+    assert_close_weights(one, other, "lora/pytorch_lora_weights.safetensors")
+    assert (other / "log.txt").read_text().count("\nepoch") == int(EPOCHS[script]) + 1
 
 
 def test_four_go_on_where_one_has_stopped_and_one_where_four_have(work, monkeypatch):
@@ -185,24 +198,28 @@ def test_the_calls_of_an_update_do_not_depend_on_the_processes(monkeypatch, coun
 # Sharded
 
 
-@pytest.mark.parametrize("script", ["grpo.py", pytest.param("nft.py", marks=pytest.mark.faults)])
-def test_a_sharded_network_learns_the_same(work, monkeypatch, script):
+def test_a_sharded_network_learns_the_same(work, two, monkeypatch):
+    assert_shards_alike(work, monkeypatch, "grpo.py")
+
+
+@pytest.mark.faults
+def test_a_sharded_network_learns_the_same_by_nft(work, monkeypatch):
+    together(work, 2, *sharded("nft.py"))
+    assert_shards_alike(work, monkeypatch, "nft.py")
+
+
+def assert_shards_alike(work, monkeypatch, script):
     name = f"sharded-{script}"
-    together(
-        work, 2,
-        (script, *arguments(name, *SHARDED, "--shard", "--train.max-epochs", "1")),
-        (script, "--resume", f"runs/{name}", "--train.max-epochs", "2"),
-    )  # fmt: skip
     alone(work, monkeypatch, script, *arguments(f"un{name}", *SHARDED, "--eval.eval-freq", "1"))
-    sharded, whole = work / "runs" / name, work / "runs" / f"un{name}"
-    rows, others = (read_csv(folder / "metrics.csv") for folder in (sharded, whole))
+    shards, whole = work / "runs" / name, work / "runs" / f"un{name}"
+    rows, others = (read_csv(folder / "metrics.csv") for folder in (shards, whole))
     for row, other in zip(rows, others, strict=True):
         for key in row.keys() - {"seconds"}:
             assert not row[key] or float(row[key]) == pytest.approx(float(other[key]), 1e-4, 1e-4), key
-    assert_close_weights(whole, sharded, "transformer/diffusion_pytorch_model.safetensors")
-    configs = [(folder / "transformer" / "config.json").read_text() for folder in (sharded, whole)]
+    assert_close_weights(whole, shards, "transformer/diffusion_pytorch_model.safetensors")
+    configs = [(folder / "transformer" / "config.json").read_text() for folder in (shards, whole)]
     assert configs[0] == configs[1]  # with the class that plain diffusers knows
-    checkpoint = common.checkpoints(sharded)[-1]
+    checkpoint = common.checkpoints(shards)[-1]
     assert common.damage(checkpoint) is None and len(list(checkpoint.glob("*.distcp"))) == 2
 
 
