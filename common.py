@@ -20,6 +20,7 @@ import importlib.util
 import inspect
 import io
 import json
+import math
 import os
 import platform
 import random
@@ -29,11 +30,13 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, Optional, Union
 
@@ -43,6 +46,8 @@ import peft
 import torch
 import torch._dynamo.config
 import torch._inductor.config
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import transformers
 import tyro
 import yaml
@@ -52,6 +57,9 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from tqdm import tqdm
 
@@ -59,6 +67,96 @@ import dynamics
 
 HERE = Path(__file__).resolve().parent
 Resolution = Union[int, tuple[int, int]]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes: torchrun starts several that run the same script. Each has the whole policy and samples the groups of its
+# own part of an epoch's prompts; what is computed does not depend on how many they are.
+
+PATIENCE = timedelta(minutes=30)  # with a process that is slow; of one that ended the others know at once
+
+
+def world():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    """The number of this process, from 0; process 0 writes and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@contextmanager
+def processes():
+    """Join the processes that torchrun has started, if it has; where this one fails, torchrun ends the others."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backends, timeout=PATIENCE)
+    try:
+        yield
+    except BaseException as error:
+        if world() == 1:
+            raise
+        code = error.code if isinstance(error, SystemExit) else "".join(traceback.format_exception(error)).rstrip()
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)  # at once: exiting could wait for threads, and NCCL for others
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def own(items):
+    """The part of a sequence that belongs to this process: a block, in the order of the ranks."""
+    return items[len(items) * rank() // world() : len(items) * (rank() + 1) // world()]
+
+
+def gather(value):
+    """[the value of each process], in the order of their ranks, in each of them; any value that can be pickled."""
+    values = [value] * world()
+    if world() > 1:
+        with _together():
+            dist.all_gather_object(values, value)
+    return values
+
+
+def gather_rows(named):
+    """{name: (n,)} of this process -> {name: (N,)} of all, in the order of their ranks; some may lack a name."""
+    if world() == 1:
+        return named
+    parts = gather({name: value.detach().cpu() for name, value in named.items()})
+    device = next((value.device for value in named.values()), None)
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: torch.cat([part[name] for part in parts if name in part]).to(device) for name in names}
+
+
+def average_gradients(parameters):
+    """Make each gradient its mean over the processes, by one all-reduce of all of them.
+
+    One that only some processes have counts as 0 in the others; one that none has stays None. Gradients of sharded
+    parameters are left alone: the backward pass has averaged them already.
+    """
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]
+    if world() == 1 or not parameters:
+        return
+    zero_or = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    exist = torch.tensor([p.grad is not None for p in parameters]).to(zero_or[0])
+    flat = torch.cat([exist, *(gradient.flatten() for gradient in zero_or)])
+    with _together():
+        dist.all_reduce(flat)
+    exist, *gradients = (flat / world()).split([len(exist), *(p.numel() for p in parameters)])
+    for p, exists, gradient in zip(parameters, (exist > 0).tolist(), gradients, strict=True):
+        p.grad = gradient.view_as(p) if exists else None
+
+
+@contextmanager
+def _together():
+    """Around what all processes do: one that waits in vain for another says so in a line; the other said why."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"error: process {rank()} of {world()} has lost another one ({reason})") from error
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments: the script's dataclass < the model folder's defaults.yaml < --config < the command line
@@ -138,6 +236,9 @@ class RunArgs:
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
     )  # fmt: skip
     """Names of the linear layers that get adapters: the attention projections, or all-linear."""
+    shard: bool = False
+    """Full fine-tuning of a model that one GPU cannot hold, in several processes: each keeps its share of the trained
+    parameters, their copies and the optimizer (FSDP2). Groups of equal rewards are then trained on like others."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the frozen weights and the arithmetic. Trained parameters are always float32."""
     device: str = "auto"
@@ -182,6 +283,8 @@ _said_by = {}  # {dotted key: the file that set it}, so that a refusal can name 
 
 def refuse(key, value, remedy) -> NoReturn:
     """End the program with one readable message and exit status 2."""
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        time.sleep(10)  # the first process of this machine says the same, and torchrun ends this one then
     file = f" (from {_said_by[key]})" if key in _said_by else ""
     print(f"error: {key} = {value!r}{file}: {remedy}", file=sys.stderr)
     raise SystemExit(2)
@@ -382,24 +485,32 @@ def check_args(args):
                 f"{key}={args.call[key]}",
                 "is set by the script; see --train and --eval for what can be changed",
             )
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        refuse("WORLD_SIZE", os.environ["WORLD_SIZE"], "the scripts run in one process; start them without torchrun")
-
-    images = args.train.unique_sample_num_per_epoch * args.train.group_size
-    batch, updates = args.train.per_device_batch_size, args.train.gradient_step_per_epoch
+    prompts, batch = args.train.unique_sample_num_per_epoch, args.train.per_device_batch_size
+    images, updates = prompts * args.train.group_size // world(), args.train.gradient_step_per_epoch
+    each = f" of each of {world()} processes" if world() > 1 else ""
+    if prompts % world():
+        nearest = max(1, round(prompts / world())) * world()
+        refuse(
+            "train.unique_sample_num_per_epoch", prompts,
+            f"each of {world()} processes takes as many prompts, with all images of each; {nearest} would do",
+        )  # fmt: skip
+    if args.shard and world() == 1:
+        refuse("shard", True, "needs several processes to share the model: torchrun --nproc-per-node 2 ...")
+    if args.shard and args.finetune_type != "full":
+        refuse("shard", True, f"is for full fine-tuning, not {args.finetune_type}; add --finetune-type full")
     if images % batch:
         good = [b for b in range(1, images + 1) if images % b == 0]
         nearest = min(good, key=lambda b: abs(b - batch))
         refuse(
             "train.per_device_batch_size", batch,
-            f"does not divide the {images} images of an epoch (unique_sample_num_per_epoch x group_size); "
+            f"does not divide the {images} images of an epoch{each} (unique_sample_num_per_epoch x group_size); "
             f"{nearest} would",
         )  # fmt: skip
     if updates < 1 or (images // batch) % updates:
         good = [u for u in range(1, images // batch + 1) if (images // batch) % u == 0]
         refuse(
             "train.gradient_step_per_epoch", updates,
-            f"does not divide the {images // batch} pipeline calls of an epoch; one of {good} would, "
+            f"does not divide the {images // batch} pipeline calls of an epoch{each}; one of {good} would, "
             f"or another train.per_device_batch_size",
         )  # fmt: skip
 
@@ -408,6 +519,11 @@ def check_args(args):
             torch.empty(0, device=args.device)
         except (RuntimeError, AssertionError) as error:
             refuse("device", args.device, str(error).splitlines()[0])
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if world() > 1 and args.device not in ("auto", "cuda", "cpu"):
+        refuse("device", args.device, "each process has a device of its own; auto, cuda or cpu would do")
+    if world() > 1 and gpus and args.device != "cpu" and local > gpus:
+        refuse("--nproc-per-node", local, f"each process takes a GPU, and this machine has {gpus}")
     for key, package in (("track", "wandb"), ("tensorboard", "tensorboard")):
         if getattr(args, key) and importlib.util.find_spec(package) is None:
             refuse(key, True, f"needs the package {package}: pip install {package}")
@@ -499,18 +615,25 @@ def _quiet():
 
 
 def pick_device(args):
-    """The torch device of --device, made ready; auto is the GPU if there is one."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    """The torch device of --device, made ready; auto is the GPU if there is one, to each process its own."""
+    device = torch.device(_device(args))
     if args.cpu_threads:
         torch.set_num_threads(args.cpu_threads)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # float32 models use the tensor cores
+    if device.type == "cuda" and world() > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     return device
+
+
+def _device(args):
+    return ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
 
 
 def make_pipeline(args, device):
     """The pipeline that the arguments ask for: its model, its dtype, and where its memory goes."""
-    pipe = load_pipeline(args.model, device, getattr(torch, args.dtype), args.offload)
+    pipe = load_pipeline(args.model, device, getattr(torch, args.dtype), args.offload, args.shard)
     for key, method in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
         if getattr(args, key):
             if not hasattr(getattr(pipe, "vae", None), method):
@@ -519,20 +642,22 @@ def make_pipeline(args, device):
     return pipe
 
 
-def load_pipeline(model, device, dtype, offload=False) -> DiffusionPipeline:
+def load_pipeline(model, device, dtype, offload=False, shard=False) -> DiffusionPipeline:
     """Load a diffusers folder or hub id, frozen, on a device and in a dtype.
 
     Components that model_index.json holds as null are passed as None, the idiom by which SD3's T5 is left out.
-    offload: text encoders and VAE stay on the CPU and visit the device.
+    offload: text encoders and VAE stay on the CPU and visit the device. shard: the denoisers stay there too, for
+    `shard_blocks` to bring a part of them.
     """
     index = DiffusionPipeline.load_config(model)
     absent = {name: None for name, spec in index.items() if isinstance(spec, (list, tuple)) and spec[0] is None}
     with _quiet():
         pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, **absent)
+    for name, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module) and not (shard if name in denoisers(pipe) else offload):
+            module.to(device)
     if offload:
         let_visit(pipe, device)
-    else:
-        pipe.to(device)
     use_flow_matching(pipe)
     pipe.set_progress_bar_config(disable=True)
     for module in _modules(pipe):
@@ -541,12 +666,10 @@ def load_pipeline(model, device, dtype, offload=False) -> DiffusionPipeline:
 
 
 def let_visit(pipe, device):
-    """Put the denoisers on the device; all other networks stay on the CPU and visit it while they work."""
+    """Keep all networks but the denoisers on the CPU; they visit the device while they work."""
     visits = []
     for name, module in pipe.components.items():
-        if name in denoisers(pipe):
-            module.to(device)
-        elif isinstance(module, torch.nn.Module):
+        if isinstance(module, torch.nn.Module) and name not in denoisers(pipe):
             visits.append(_Visit(module, device))
             add_hook_to_module(module, visits[-1])
     # diffusers calls this at the end of a pipeline; a VAE's decode() has no other end
@@ -636,19 +759,36 @@ def trainable_parameters(pipe, args, seed):
             denoiser.enable_gradient_checkpointing()
         if args.compile:
             compile_blocks(denoiser)
+        for parameter in denoiser.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        if args.shard:
+            shard_blocks(denoiser, torch.device(_device(args)).type)
     named = {f"{name}.{key}": p for name, module in denoisers(pipe).items() for key, p in module.named_parameters()}
-    named = {name: p for name, p in named.items() if p.requires_grad}
-    for parameter in named.values():
-        parameter.data = parameter.data.float()
-    return named
+    return {name: p for name, p in named.items() if p.requires_grad}
+
+
+def _blocks(denoiser, key):
+    """The blocks that a transformer repeats; without any the option `key` is refused."""
+    kinds = getattr(denoiser, "_repeated_blocks", None) or getattr(denoiser, "_no_split_modules", None) or ()
+    blocks = [module for module in denoiser.modules() if type(module).__name__ in kinds]
+    if not blocks:
+        refuse(key, True, f"diffusers does not say which blocks {type(denoiser).__name__} repeats; leave it out")
+    return blocks
+
+
+def shard_blocks(denoiser, device_type):
+    """Divide each parameter among the processes; a block is put together while it works, and then forgotten again."""
+    mesh = dist.init_device_mesh(device_type, (world(),))
+    name = type(denoiser).__name__
+    for module in (*_blocks(denoiser, "shard"), denoiser):  # the root too is forgotten: it would miss loaded snapshots
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    type(denoiser).__name__ = name  # under which diffusers saves it
 
 
 def compile_blocks(denoiser):
     """Compile the blocks that a transformer repeats; those of one kind share their code."""
-    kinds = getattr(denoiser, "_repeated_blocks", None) or getattr(denoiser, "_no_split_modules", None) or ()
-    blocks = [module for module in denoiser.modules() if type(module).__name__ in kinds]
-    if not blocks:
-        refuse("compile", True, f"diffusers does not say which blocks {type(denoiser).__name__} repeats; leave it out")
+    blocks = _blocks(denoiser, "compile")
     # round where eager rounds, so that the graphs with and without gradients agree: else the ratio is not 1 in bfloat16
     torch._inductor.config.emulate_precision_casts = True
     torch._dynamo.config.recompile_limit = 64  # kinds of blocks x shapes x with and without gradients
@@ -1072,7 +1212,10 @@ def ode_difference(pipe, call, count=2):
 
 
 class Snapshot:
-    """A copy of parameters, on their own device or another, that can take their place for a while."""
+    """A copy of parameters, on their own device or another, that can take their place for a while.
+
+    Of sharded parameters it holds the same shard.
+    """
 
     def __init__(self, parameters, device=None):
         self.parameters = list(parameters)
@@ -1081,14 +1224,20 @@ class Snapshot:
     @contextmanager
     def loaded(self):
         """Within it the parameters have the snapshot's values; afterwards always their own again."""
-        own = [p.data for p in self.parameters]
+        own = [p.detach().clone() if isinstance(p, DTensor) else p.data for p in self.parameters]
         try:
-            for p, value in zip(self.parameters, self.values, strict=True):
-                p.data = value.to(p.device)
+            self._put(self.values)
             yield
         finally:
-            for p, data in zip(self.parameters, own, strict=True):
-                p.data = data
+            self._put(own)
+
+    @torch.no_grad()
+    def _put(self, values):
+        for p, value in zip(self.parameters, values, strict=True):
+            if isinstance(p, DTensor):
+                p.copy_(value.to(p.device))  # in place: blocks are put together from this memory
+            else:
+                p.data = value.to(p.device)
 
     @torch.no_grad()
     def update(self, decay):
@@ -1128,6 +1277,20 @@ def batches(items, length):
     return [items[start : start + length] for start in range(0, len(items), length)]
 
 
+def calls_of_updates(train, epoch):
+    """For each optimizer step of an epoch, the calls of this process that it is over, counted from 0.
+
+    Of each `gradient_step_per_epoch` calls in a row every step of a pass takes one, at random from (seed, epoch): so a
+    step is over the same calls whatever the number of processes.
+    """
+    calls = train.unique_sample_num_per_epoch * train.group_size // train.per_device_batch_size
+    order, steps = np.random.default_rng([train.seed, epoch, 1]), []
+    for _ in range(train.num_inner_epochs):
+        rows = own(order.permuted(np.arange(calls).reshape(-1, train.gradient_step_per_epoch), axis=1))
+        steps += list((rows - rows.min()).T)
+    return steps
+
+
 def generators(*seeds):
     """One CPU generator per tuple of integers: the same noise on every device, in every batch and on every rank."""
     states = [int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1) for seed in seeds]
@@ -1151,6 +1314,13 @@ class Metrics:
     def means(self, prefix):
         return {f"{prefix}{name}": torch.stack(values).mean().item() for name, values in self.values.items()}
 
+    def gathered(self):
+        """The same of all processes."""
+        everyone = Metrics()
+        rows = gather_rows({name: torch.stack(values) for name, values in self.values.items()})
+        everyone.values.update({name: list(values) for name, values in rows.items()})
+        return everyone
+
     def first_not_finite(self):
         """The name of the first scalar with a value that is not finite, in the order they were first added; or None."""
         return next((name for name, values in self.values.items() if not torch.stack(values).isfinite().all()), None)
@@ -1165,16 +1335,17 @@ def silent_groups(totals, group_size):
 def group_metrics(rollouts, totals, group_size):
     """What shows a run going wrong before its reward does: silent groups, and images growing alike.
 
+    rollouts: of this process; totals: (N,) of the epoch. All that is returned is of the epoch.
     zero_std: share of groups whose rewards are all equal. contrast: std of the pixels of an image. group_spread: std
     of a pixel over a group, averaged.
     """
     images = torch.cat([tape.images.float() for tape in rollouts])
     groups = images.reshape(-1, group_size, *images.shape[1:])
+    spread = {"contrast": images.flatten(1).std(dim=1), "group_spread": groups.std(dim=1).flatten(1).mean(dim=1)}
     return {
         "reward_std": totals.reshape(-1, group_size).std(dim=1, correction=0).mean(),
         "zero_std": silent_groups(totals, group_size).float().mean(),
-        "contrast": images.flatten(1).std(dim=1).mean(),
-        "group_spread": groups.std(dim=1).mean(),
+        **{name: value.mean() for name, value in gather_rows(spread).items()},
     }
 
 
@@ -1191,10 +1362,13 @@ class Judge:
         self.calls.append(self.thread.submit(self.reward, images, prompts))
 
     def scores(self):
-        """{"name": (N,), ..., "total": (N,)} of all that was submitted since the last time, in that order."""
+        """{"name": (N,), ..., "total": (N,)} of all that was submitted since the last time, in that order.
+
+        The scores are those of all processes, one after another.
+        """
         scores = [call.result() for call in self.calls]
         self.calls = []
-        return {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
+        return gather_rows({name: torch.cat([s[name] for s in scores]) for name in (scores[0] if scores else ())})
 
 
 def image_statistics(images):
@@ -1242,8 +1416,12 @@ def evaluate(pipe, args, prompts, reward):
     height, width = size(args.eval.resolution)
     judge, shown, looks = Judge(reward), dict.fromkeys(evenly(len(prompts), SHOWN)), defaultdict(list)
     group = []  # the images so far of a prompt that has not all of its images
-    for start in progress(range(0, len(prompts), args.eval.per_device_batch_size), "evaluation"):
-        batch = slice(start, start + args.eval.per_device_batch_size)
+    length = args.eval.per_device_batch_size
+    runs = range(0, len(prompts), math.lcm(length, each))  # of whole calls and of all images of a prompt
+    starts = [start for run in own(runs) for start in range(run, min(run + runs.step, len(prompts)), length)]
+    idle = max(gather(len(starts))) - len(starts) if args.shard else 0  # a sharded network works in all processes
+    for number, start in enumerate(progress([*starts, *[0] * idle], "evaluation")):
+        batch = slice(start, start + length)
         call = dict(
             prompt=prompts[batch],
             generator=noise[batch],
@@ -1258,6 +1436,8 @@ def evaluate(pipe, args, prompts, reward):
         else:
             tail = args.eval.num_inference_steps
             images = rollout(pipe, {**call, **args.call}, "ODE", 0.0, (), tail_steps=tail).images.float()
+        if number >= len(starts):
+            continue
         judge.submit(images, prompts[batch])
         for name, value in image_statistics(images).items():
             looks[name].append(value)
@@ -1270,7 +1450,10 @@ def evaluate(pipe, args, prompts, reward):
                 looks["group_spread"] += [torch.stack(group).std(dim=0).mean()[None]] if each > 1 else []
                 group = []
     scores = {name: value.cpu() for name, value in judge.scores().items()}
-    return prompts, scores, {name: torch.cat(value).mean().item() for name, value in looks.items() if value}, shown
+    looks = gather_rows({name: torch.cat(value) for name, value in looks.items() if value})
+    parts = gather({i: frames for i, frames in shown.items() if frames is not None})
+    shown = {i: frames for part in parts for i, frames in part.items()}
+    return prompts, scores, {name: value.mean().item() for name, value in looks.items()}, shown
 
 
 def evenly(count, most):
@@ -1313,18 +1496,24 @@ def _wrap(text, width, lines=2):
 def step_optimizer(run, optimizer, named, update, max_grad_norm):
     """Clip the gradients and take an optimizer step; where a loss or a gradient is not finite, skip it and say so.
 
-    named: {name: parameter}; update: the Metrics of this update, with each `loss` in it. Returns its means and the norm
-    of the gradient before clipping; nothing of an update that was skipped.
+    named: {name: parameter}; update: the Metrics of this update, with each `loss` in it. Gradients and metrics are
+    those of all processes. Returns the means and the norm of the gradient before clipping; nothing of an update that
+    was skipped.
     """
+    update = update.gathered()
+    average_gradients(list(named.values()))
     gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
-    norm = torch.nn.utils.get_total_norm(gradients.values())
-    finite = torch.stack([norm.float(), *update.values.get("loss", ())]).isfinite().all()
+    norm = gradient_norm(named.values())
+    losses = [loss.to(norm.device) for loss in update.values.get("loss", ())]
+    finite = torch.stack([norm.float(), *losses]).isfinite().all()
     if finite:
         torch.nn.utils.clip_grads_with_norm_(named.values(), max_grad_norm, norm)
         optimizer.step()
     else:
-        culprits = (f"the gradient of {name}" for name, g in gradients.items() if not g.isfinite().all())
-        run.skip(update.first_not_finite() or next(culprits, "the norm of the gradient"))
+        parts = {name: g.to_local() if isinstance(g, DTensor) else g for name, g in gradients.items()}
+        culprits = (f"the gradient of {name}" for name, g in parts.items() if not g.isfinite().all())
+        culprit = next(filter(None, gather(next(culprits, None))), "the norm of the gradient")
+        run.skip(update.first_not_finite() or culprit)
     optimizer.zero_grad()
     if not finite:
         return {}
@@ -1332,9 +1521,15 @@ def step_optimizer(run, optimizer, named, update, max_grad_norm):
     return {**update.means(""), "grad_norm": norm}
 
 
+def gradient_norm(parameters):
+    """That of all gradients together."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 def progress(items, what):
     """A progress bar, on a terminal only."""
-    return tqdm(items, desc=what, leave=False, disable=None)
+    return tqdm(items, desc=what, leave=False, disable=True if rank() else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1342,7 +1537,10 @@ def progress(items, what):
 
 
 class Run:
-    """A folder runs/<run_name>/ with all that a run was and did; it is made before the model is loaded."""
+    """A folder runs/<run_name>/ with all that a run was and did; it is made before the model is loaded.
+
+    Of several processes the first one writes there and prints; all read the checkpoint that a run is resumed from.
+    """
 
     current = None  # the run of this process, for what has to end it from outside the loop
 
@@ -1352,8 +1550,17 @@ class Run:
         self.interrupted = None  # the signal that asks the run to end after this epoch
         self.in_loop = False
         self.eval_prompts = read_prompts(args.eval.prompts or args.prompts)
+        self.folder = Path(args.resume) if args.resume else gather(_new_folder(args, script))[0]
+        self.trackers, self.checkpoint = [], None
+        if rank() == 0:
+            self._open(sources, script)
+        self.checkpoint = gather(self.checkpoint)[0]
+        Run.current = self
+
+    def _open(self, sources, script):
+        """Make the folder or find the checkpoint there, and say what this run is."""
+        args = self.args
         settings, environment = _settings(args), _environment(args, script)
-        self.folder = Path(args.resume) if args.resume else _new_folder(args, script)
         try:
             if not args.resume:
                 with whole(self.folder) as folder:
@@ -1368,8 +1575,6 @@ class Run:
             write_file(self.folder / "args.yaml", yaml.safe_dump(settings, sort_keys=False))
         except OSError as error:
             refuse("output_dir", args.output_dir, f"cannot write {self.folder}: {error.strerror}")
-        Run.current = self
-        self.trackers = []
         if args.track:
             import wandb
 
@@ -1402,10 +1607,13 @@ class Run:
     @property
     def command(self):
         """What continues this run, typed where it was begun."""
-        return f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(self.folder))}"
+        launcher = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}" if world() > 1 else "python"
+        return f"{launcher} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(self.folder))}"
 
     def print(self, line=""):
         """A line on the console and in log.txt."""
+        if rank():
+            return
         tqdm.write(str(line), file=sys.stdout)
         sys.stdout.flush()
         with open(self.folder / "log.txt", "a") as log:
@@ -1413,6 +1621,8 @@ class Run:
 
     def log(self, row):
         """One row of metrics.csv ({column: number}), one console line with the most telling of them."""
+        if rank():
+            return
         seconds = round(time.time() - self.started, 2)
         row = {"epoch": row.pop("epoch"), "images": row.pop("images"), "seconds": seconds} | row
         if row["epoch"]:
@@ -1447,18 +1657,20 @@ class Run:
             try:
                 return reward(images, prompts)
             except ValueError as error:  # which is what rewards.py makes of all failures
-                with whole(self.folder / "failed_reward", replace=True) as folder:
+                failed = self.folder / f"failed_reward{rank() or ''}"
+                with whole(failed, replace=True) as folder:
                     for i, image in enumerate(images.flatten(0, -4)):  # the frames of videos, one after another
                         pixels = (image.float().permute(1, 2, 0) * 255).round().clamp(0, 255).byte()
                         Image.fromarray(pixels.cpu().numpy()).save(folder / f"{i:04d}.png")
                     (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
                 what = str(error).removeprefix("error: ")
-                raise RunError(f"{what}; its images and prompts are in {self.folder / 'failed_reward'}") from error
+                raise RunError(f"{what}; its images and prompts are in {failed}") from error
 
         return watched
 
     def contract(self, what, value, holds):
-        """One line of the first-step contract; ends the run if it does not hold."""
+        """One line of the first-step contract, from the process where it is worst; ends the run if it does not hold."""
+        value, holds = min(gather((value, holds)), key=lambda found: (found[1], -found[0]))
         self.print(f"contract: {what}: {value:.6g}{'' if holds else '   BROKEN'}")
         if not holds:
             raise SystemExit(f"error: the first-step contract is broken: {what} is {value:.6g}; nothing was trained")
@@ -1466,6 +1678,11 @@ class Run:
     def evaluate(self, epoch, pipe, reward):
         """Evaluate, keep the grid and each image's rewards, and return the columns of metrics.csv."""
         prompts, scores, statistics, shown = evaluate(pipe, self.args, self.eval_prompts, reward)
+        names = ["total", *(name for name in scores if name != "total")]
+        columns = {f"eval/{name}": scores[name].mean().item() for name in names}
+        columns |= {f"eval/image/{name}": value for name, value in statistics.items()}
+        if rank():
+            return columns
         images = self.folder / "images"
         if epoch == 0:
             np.savez_compressed(images / "base.npz", totals=scores["total"], shown=np.stack(list(shown.values())))
@@ -1478,16 +1695,20 @@ class Run:
             writer = csv.writer(file)
             writer.writerow(["prompt", *scores])
             writer.writerows(zip(prompts, *(v.tolist() for v in scores.values()), strict=True))
-        names = ["total", *(name for name in scores if name != "total")]
-        rewards = {f"eval/{name}": scores[name].mean().item() for name in names}
-        return rewards | {f"eval/image/{name}": value for name, value in statistics.items()}
+        return columns
 
     def save_weights(self, pipe):
         """The trained weights in diffusers' own format: lora/ (with its alpha), or the denoiser's own folder."""
         trained = denoisers(pipe)
+        states = {name: whole_state(module) for name, module in trained.items()} if self.args.shard else {}
+        if rank():
+            return
         if self.args.finetune_type == "full":
             for name, module in trained.items():
-                with whole(self.folder / name, replace=True) as folder:
+                with whole(self.folder / name, replace=True) as folder, ExitStack() as stack:
+                    if self.args.shard:
+                        module.state_dict = lambda name=name: states[name]
+                        stack.callback(delattr, module, "state_dict")
                     module.save_pretrained(folder)
             with whole(self.folder / "scheduler", replace=True) as folder:
                 pipe.scheduler.save_pretrained(folder)
@@ -1506,6 +1727,16 @@ class Run:
                 pipe.save_lora_weights(folder, **layers)
 
 
+def whole_state(module):
+    """The state of a sharded network, put together on the CPU of the first process; nothing in the others."""
+    state = {}
+    for name, value in module.state_dict().items():
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        if rank() == 0:
+            state[name] = value.cpu()
+    return state
+
+
 def print_plan(run, args, parameters, trained_steps, networks, most_steps=None):
     """What will happen, before it does. networks: evaluations per image and trained step, of policy and references.
 
@@ -1514,13 +1745,14 @@ def print_plan(run, args, parameters, trained_steps, networks, most_steps=None):
     train = args.train
     images = train.unique_sample_num_per_epoch * train.group_size
     calls = images // train.per_device_batch_size
+    by = f" by {world()} processes" if world() > 1 else ""
     updates = train.gradient_step_per_epoch * train.num_inner_epochs
     forwards = images * (most_steps or train.num_inference_steps)
     replays = images * trained_steps * train.num_inner_epochs * networks
     run.print(
         f"training {sum(p.numel() for p in parameters):,} parameters ({args.finetune_type}) of {args.model}\n"
         f"an epoch: {train.unique_sample_num_per_epoch} prompts x {train.group_size} = {images} images "
-        f"in {calls} calls of {train.per_device_batch_size}; {updates} updates over {trained_steps} steps each;\n"
+        f"in {calls} calls of {train.per_device_batch_size}{by}; {updates} updates over {trained_steps} steps each;\n"
         f"          {'at most ' if most_steps else ''}{forwards:,} network evaluations to sample, {replays:,} to train"
         f"{' (true classifier-free guidance doubles both)' if train.guidance_scale > 1 else ''}"
     )
@@ -1586,7 +1818,7 @@ def _environment(args, script):
         commit = ""
     versions = {m.__name__: str(m.__version__) for m in (torch, diffusers, transformers, peft, np)}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    machine = {"python": platform.python_version(), **versions, "gpu": gpu}
+    machine = {"python": platform.python_version(), **versions, "gpu": gpu, "processes": world()}
     files = {"prompts": args.prompts, "eval.prompts": args.eval.prompts, "script": script}
     files = {key: path and sha256(path) for key, path in files.items()}
     began = {"command": " ".join(sys.argv), "started": time.strftime("%Y%m%d-%H%M%S")}
@@ -1615,13 +1847,18 @@ def write_file(path, text):
     sync(path.parent)
 
 
+def temporary(folder):
+    """Where a folder is until it is whole."""
+    return folder.with_name(f"{folder.name}.tmp")
+
+
 @contextmanager
 def whole(folder, replace=False):
     """An empty folder to fill, which then becomes `folder`; where that fails nothing of it is left.
 
     What was there before goes only at the end, and only with `replace`; without, it may be an empty folder.
     """
-    new = folder.with_name(f"{folder.name}.tmp")
+    new = temporary(folder)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
@@ -1643,6 +1880,12 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checksum(parameters):
+    """The sum of all bits of float32 parameters as integers, on their own device; 0 of sharded ones."""
+    sums = [p.detach().view(torch.int32).sum() for p in parameters if not isinstance(p, DTensor)]
+    return torch.stack(sums).sum().item() if sums else 0
+
+
 def checkpoints(run_folder):
     """The checkpoints of a run, oldest first; one that is being written or removed has a suffix and is none."""
     folders = [path for path in (run_folder / "checkpoints").glob("epoch_*") if not path.suffix]
@@ -1654,7 +1897,7 @@ def damage(checkpoint):
     try:
         lines = (checkpoint / "SHA256SUMS").read_text().splitlines()
         sums = {name: digits for digits, name in (line.split("  ") for line in lines)}
-        for name in ("tensors.safetensors", "state.json"):
+        for name in {path.name for path in checkpoint.iterdir()} - {"SHA256SUMS"} | sums.keys() | {"state.json"}:
             if sha256(checkpoint / name) != sums[name]:
                 return f"{name} does not have its checksum"
     except (OSError, ValueError, KeyError) as error:
@@ -1685,10 +1928,13 @@ def newest_checkpoint(run):
 class Checkpoint:
     """All that decides how a run goes on, in a folder checkpoints/epoch_NNNN of the run folder.
 
-    tensors.safetensors has whole tensors by parameter name: parameters/NAME, <snapshot>/NAME, optimizer/NAME/KEY, and
-    the states of torch's generators; state.json has the numbers, the rows of metrics.csv among them; SHA256SUMS is
-    theirs. Noise and prompts come from (seed, epoch, prompt, member), so an epoch is repeated exactly; the states of
-    the generators are kept for rewards that draw from them.
+    tensors.safetensors has whole tensors by parameter name: parameters/NAME, <snapshot>/NAME and optimizer/NAME/KEY;
+    state.json has the numbers, the rows of metrics.csv among them; SHA256SUMS is theirs. Noise and prompts come from
+    (seed, epoch, prompt, member), so an epoch is repeated exactly, by any number of processes; the states of the
+    random generators of each process are kept for rewards that draw from them.
+
+    With --shard each process writes and reads its shards (torch.distributed.checkpoint, under the same names), again
+    for any number of processes; the first one renames the folder when all that is in it has its checksum.
     """
 
     def __init__(self, run, named, optimizer, **snapshots):
@@ -1706,37 +1952,46 @@ class Checkpoint:
         run = self.run
         last = epoch >= run.args.train.max_epochs
         broken = run.in_a_row >= MOST_SKIPPED
-        if last or broken or run.interrupted or epoch % run.args.checkpoint_freq == 0:
+        interrupted = max(gather(run.interrupted or 0))  # in any process
+        if len(set(gather(checksum(self.named.values())))) > 1:
+            raise RunError("the processes have come to different parameters; is the hardware sound?")
+        if last or broken or interrupted or epoch % run.args.checkpoint_freq == 0:
             self._write(epoch, updates)
         run.in_loop = not last
         if broken:
             raise RunError(
                 f"{run.in_a_row} updates in a row were skipped, the last because {run.culprit} is not finite"
             )
-        if run.interrupted and not last:
-            name = signal.Signals(run.interrupted).name
+        if interrupted and not last:
+            name = signal.Signals(interrupted).name
             run.print(f"{name}: epoch {epoch} is finished and saved; continue with: {run.command}")
-            raise SystemExit(128 + run.interrupted)
+            raise SystemExit(128 + interrupted)
 
     def _write(self, epoch, updates):
         run = self.run
         tensors = {f"{of}/{name}": t for of, ts in self._sets().items() for name, t in zip(self.named, ts, strict=True)}
         for name, p in self.named.items():
             tensors |= {f"optimizer/{name}/{key}": t for key, t in self.optimizer.state.get(p, {}).items()}
-        tensors["random/cpu"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["random/cuda"] = torch.cuda.get_rng_state()
-        algorithm, key, *rest = np.random.get_state()
         state = {
             **{"epoch": epoch, "updates": updates, "seconds": time.time() - run.started, "rows": run.rows},
             "in_a_row": run.in_a_row if run.in_a_row < MOST_SKIPPED else 0,
-            **{"random": random.getstate(), "numpy": [algorithm, key.tolist(), *rest]},
+            "random": gather(_random_states()),
         }
-        with whole(run.folder / "checkpoints" / f"epoch_{epoch:04d}") as folder:
-            save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "tensors.safetensors")
-            (folder / "state.json").write_text(json.dumps(state))
-            sums = "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir()))
-            (folder / "SHA256SUMS").write_text(sums)
+        if rank() and not run.args.shard:
+            return
+        folder = run.folder / "checkpoints" / f"epoch_{epoch:04d}"
+        with nullcontext(temporary(folder)) if rank() else whole(folder) as new:
+            if run.args.shard:
+                gather("the folder is there")
+                with _unwrapped():
+                    dcp.save(tensors, checkpoint_id=new)
+            else:
+                save_file({name: t.contiguous() for name, t in tensors.items()}, new / "tensors.safetensors")
+            if rank():
+                return
+            (new / "state.json").write_text(json.dumps(state))
+            sums = "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(new.iterdir()))
+            (new / "SHA256SUMS").write_text(sums)
         for old in checkpoints(run.folder)[: -run.args.keep_checkpoints]:
             shutil.rmtree(old.rename(old.with_suffix(".tmp")))
 
@@ -1750,7 +2005,7 @@ class Checkpoint:
             random.seed(run.args.train.seed)  # torch's generator was seeded for the adapters
             np.random.seed(run.args.train.seed)
             return 0, 0
-        tensors = load_file(run.checkpoint / "tensors.safetensors")
+        tensors = self._read_shards() if run.args.shard else load_file(run.checkpoint / "tensors.safetensors")
         state = json.loads((run.checkpoint / "state.json").read_text())
         for of, own in self._sets().items():
             for name, tensor in zip(self.named, own, strict=True):
@@ -1763,18 +2018,54 @@ class Checkpoint:
             own = f"optimizer/{name}/"
             optimizer["state"][i] = {key.removeprefix(own): t for key, t in tensors.items() if key.startswith(own)}
         self.optimizer.load_state_dict(optimizer)
-        torch.set_rng_state(tensors["random/cpu"])
-        if torch.cuda.is_available() and "random/cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random/cuda"])
-        version, words, gauss = state["random"]
-        random.setstate((version, tuple(words), gauss))
-        np.random.set_state(state["numpy"])
+        _set_random_states(state["random"][rank() % len(state["random"])])
         run.rows, run.in_a_row, run.started = state["rows"], state["in_a_row"], time.time() - state["seconds"]
-        run.write_metrics()
+        if rank() == 0:
+            run.write_metrics()
         epochs = run.args.train.max_epochs
         done = f"; all {epochs} are, and a larger --train.max-epochs adds more" if state["epoch"] >= epochs else ""
         run.print(f"resumed: epochs up to {state['epoch']} are done{done}")
         return state["epoch"] + 1, state["updates"]
+
+    def _read_shards(self):
+        """This process's shard of each tensor in the checkpoint that is as those of this run."""
+        saved = dcp.FileSystemReader(self.run.checkpoint).read_metadata().state_dict_metadata
+        like = {f"{of}/{name}": t for of, ts in self._sets().items() for name, t in zip(self.named, ts, strict=True)}
+        for key in saved:
+            of, _, name = key.partition("/")
+            if of == "optimizer":
+                name, _, kind = name.rpartition("/")
+                like[key] = torch.zeros(()) if kind == "step" else self.named[name].detach()
+        tensors = {key: torch.zeros_like(t) for key, t in like.items() if key in saved and saved[key].size == t.shape}
+        with _unwrapped():
+            dcp.load(tensors, checkpoint_id=self.run.checkpoint)
+        return tensors
+
+
+@contextmanager
+def _unwrapped():
+    """Raise what went wrong in a process as it was there."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
+
+
+def _random_states():
+    """Those of the generators of Python, numpy and torch."""
+    algorithm, key, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
+    own = {"python": random.getstate(), "numpy": [algorithm, key.tolist(), *rest]}
+    return own | {"torch": torch.get_rng_state().tolist(), "cuda": cuda}
+
+
+def _set_random_states(states):
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+    if torch.cuda.is_available() and states["cuda"]:
+        torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1802,19 +2093,20 @@ def start(main):
     """
     for number in SIGNALS:
         signal.signal(number, _interrupt)
-    try:
-        main()
-    except Exception as error:
-        if Run.current is None:
+    with processes():
+        try:
+            main()
+        except Exception as error:
+            if Run.current is None:
+                raise
+            if isinstance(error, torch.OutOfMemoryError):
+                raise RunError(_out_of_memory(error, Run.current.args)) from error
+            if isinstance(error, SafetensorError) or getattr(error, "errno", None) in NO_ROOM:
+                raise RunError(
+                    f"cannot write in {Run.current.folder}, where older checkpoints are whole: {error}"
+                ) from error
+            error.add_note(f"continue with: {Run.current.command}")
             raise
-        if isinstance(error, torch.OutOfMemoryError):
-            raise RunError(_out_of_memory(error, Run.current.args)) from error
-        if isinstance(error, SafetensorError) or getattr(error, "errno", None) in NO_ROOM:
-            raise RunError(
-                f"cannot write in {Run.current.folder}, where older checkpoints are whole: {error}"
-            ) from error
-        error.add_note(f"continue with: {Run.current.command}")
-        raise
 
 
 def _interrupt(number, frame):
@@ -1824,7 +2116,8 @@ def _interrupt(number, frame):
     going_on = run is not None and run.in_loop
     line = "finishing and saving the epoch in hand; once more ends at once" if going_on else "ended before training"
     then = f"; continue with: {run.command}" if run else ""
-    os.write(2, f"{name}: {line}{then}\n".encode())  # not print, which this may have interrupted
+    if rank() == 0:
+        os.write(2, f"{name}: {line}{then}\n".encode())  # not print, which this may have interrupted
     if not going_on:
         raise SystemExit(128 + number)
     run.interrupted = number

@@ -274,7 +274,6 @@ def main():
     )
     checkpoint = common.Checkpoint(run, named, optimizer, reference=reference, ema=ema)
     prompts = common.read_prompts(args.prompts)
-    calls_per_epoch = train.unique_sample_num_per_epoch * train.group_size // train.per_device_batch_size
     networks = 1 + bool(reference)
     common.print_plan(run, args, parameters, len(drawn_steps(train, 0)), networks, most_steps(train))
 
@@ -297,7 +296,8 @@ def main():
         chosen = common.epoch_prompts(prompts, train.unique_sample_num_per_epoch, train.seed, epoch)
         images = [(group, member) for group in range(len(chosen)) for member in range(train.group_size)]
         rollouts, texts = [], {}  # texts: what was encoded already
-        for batch in common.progress(common.batches(images, train.per_device_batch_size), "sampling and rewards"):
+        batches = common.batches(common.own(images), train.per_device_batch_size)
+        for batch in common.progress(batches, "sampling and rewards"):
             start_seeds = [(train.seed, epoch, g, 0 if train.same_init_noise else m, 0) for g, m in batch]
             step_seeds = [(train.seed, epoch, g, m, 1) for g, m in batch]
             call = dict(
@@ -323,17 +323,15 @@ def main():
             advantages = gdpo_advantages(scores, args.reward, train.group_size)
         else:
             advantages = group_advantages(totals, train.group_size, train.global_std)
-        advantages = advantages.split(train.per_device_batch_size)
-        silent = [not advantage.any() for advantage in advantages]
+        advantages = common.own(advantages).split(train.per_device_batch_size)
+        silent = [not args.shard and not advantage.any() for advantage in advantages]
         weights = step_weights(train, rollouts[0].schedule.tolist())
         metrics.add(common.group_metrics(rollouts, totals, train.group_size))
         if epoch == 1:
             first_step_contract(run, pipe, train, parameters, reference, rollouts, totals)
 
         # Training: each optimizer step over whole calls x trained steps
-        order = np.random.default_rng([train.seed, epoch, 1])
-        passes = np.concatenate([order.permutation(calls_per_epoch) for _ in range(train.num_inner_epochs)])
-        for chunk in np.split(passes, train.num_inner_epochs * train.gradient_step_per_epoch):
+        for chunk in common.calls_of_updates(train, epoch):
             update = common.Metrics()
             for i, k in common.progress(list(product(chunk, steps)), "training"):
                 if silent[i] and not reference:
@@ -381,7 +379,7 @@ def first_step_contract(run, pipe, train, parameters, reference, rollouts, total
             with torch.no_grad(), reference.loaded():
                 ref = replay(pipe, rollouts[0], k)
             kl_loss(train.kl_type, *replay(pipe, rollouts[0], k), *ref)[0].backward()
-        gradient = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item()
+        gradient = common.gradient_norm(parameters).item()
         for p in parameters:
             p.grad = None
         run.contract("KL gradient, a little away from the base model", gradient, gradient > 0)

@@ -257,7 +257,6 @@ def main():
     )
     checkpoint = common.Checkpoint(run, named, optimizer, old=old, reference=reference, ema=ema)
     prompts = common.read_prompts(args.prompts)
-    calls_per_epoch = train.unique_sample_num_per_epoch * train.group_size // train.per_device_batch_size
     tail_steps = train.num_inference_steps if train.solver == "DPM-Solver++" else None  # without noise all is tail
     noisy_steps = range(train.num_inference_steps - 1) if train.dynamics_type != "ODE" else ()
     common.print_plan(run, args, parameters, trained_steps=len(drawn_steps(train, 0)), networks=2 + bool(reference))
@@ -280,7 +279,7 @@ def main():
         steps = drawn_steps(train, epoch)
         chosen = common.epoch_prompts(prompts, train.unique_sample_num_per_epoch, train.seed, epoch)
         images = [(group, member) for group in range(len(chosen)) for member in range(train.group_size)]
-        batches = common.batches(images, train.per_device_batch_size)
+        batches = common.batches(common.own(images), train.per_device_batch_size)
         rollouts, texts = [], {}  # texts: what was encoded already
         for batch in common.progress(batches, "sampling and rewards"):
             start_seeds, step_seeds = ([(train.seed, epoch, g, m, part) for g, m in batch] for part in (0, 1))
@@ -307,15 +306,13 @@ def main():
             advantages = gdpo_advantages(scores, args.reward, train.group_size)
         else:
             advantages = group_advantages(totals, train.group_size, train.global_std)
-        advantages = advantages.split(train.per_device_batch_size)
+        advantages = common.own(advantages).split(train.per_device_batch_size)
         metrics.add(common.group_metrics(rollouts, totals, train.group_size))
         if epoch == 1:
             first_step_contract(run, pipe, train, parameters, old, reference, rollouts, totals)
 
         # Training: each optimizer step over whole calls x trained timesteps, on the images with fresh noise
-        order = np.random.default_rng([train.seed, epoch, 1])
-        passes = np.concatenate([order.permutation(calls_per_epoch) for _ in range(train.num_inner_epochs)])
-        for number, chunk in enumerate(np.split(passes, train.num_inner_epochs * train.gradient_step_per_epoch)):
+        for number, chunk in enumerate(common.calls_of_updates(train, epoch)):
             update = common.Metrics()
             for i, k in common.progress(list(product(chunk, steps)), "training"):
                 x0, sigma = rollouts[i].x0, rollouts[i].sigmas[k].item()
@@ -371,7 +368,7 @@ def first_step_contract(run, pipe, train, parameters, old, reference, rollouts, 
         beside.values = [value + 1e-3 * torch.randn_like(value) for value in beside.values]
         with beside.loaded():
             ((replay(pipe, rollouts[0], k, x)[0].float() - v.float()) ** 2).mean().backward()
-        gradient = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item()
+        gradient = common.gradient_norm(parameters).item()
         for p in parameters:
             p.grad = None
         run.contract("KL gradient, a little away from the base model", gradient, gradient > 0)

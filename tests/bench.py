@@ -6,6 +6,8 @@
     python tests/bench.py sd35 --mode memory      peak memory, all networks of the pipeline included
     python tests/bench.py sd35 --mode scaling     the cost as steps, trained steps, images and resolution grow
     python tests/bench.py shapes --mode share     where the time of `python grpo.py` goes
+    torchrun --nproc-per-node 2 tests/bench.py sd35 --mode ranks            an epoch by several GPUs; 1 to compare with
+    torchrun --nproc-per-node 2 tests/bench.py sd35 --mode ranks --shard    and with full, sharded fine-tuning
 
 Run by hand; nothing here is a test. Times are medians. A TFLOP/s counts what the transformer multiplies, and a backward
 pass as twice its forward pass.
@@ -15,6 +17,7 @@ import argparse
 import contextlib
 import gc
 import inspect
+import os
 import platform
 import statistics
 import sys
@@ -107,7 +110,7 @@ def t5():
 class Workload:
     """A model with what trains it, and one call of its pipeline as an epoch."""
 
-    def __init__(self, model, device, text_encoders=False):
+    def __init__(self, model, device, text_encoders=False, shard=False):
         torch.manual_seed(0)
         torch.set_default_dtype(torch.float32 if model is shapes else torch.bfloat16)
         with torch.device(device):
@@ -120,7 +123,7 @@ class Workload:
             if isinstance(module, torch.nn.Module):
                 module.to(device).requires_grad_(False).eval()
         self.pipe.set_progress_bar_config(disable=True)
-        args = grpo.Args(finetune_type="full" if model is shapes else "lora")
+        args = grpo.Args(finetune_type="full" if model is shapes or shard else "lora", shard=shard, device=str(device))
         self.parameters = list(common.trainable_parameters(self.pipe, args, 0).values())
         self.optimizer = torch.optim.AdamW(self.parameters, 1e-6, fused=True)
 
@@ -152,7 +155,8 @@ class Workload:
             loss, _ = grpo.grpo_loss(step.log_prob, taken.log_prob, advantages, 1e-4, 5.0)
             (loss / len(tape.steps)).backward()
             ratios.append((step.log_prob - taken.log_prob).abs().max().detach())
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        common.average_gradients(self.parameters)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, 1.0, common.gradient_norm(self.parameters))
         self.optimizer.step()
         self.optimizer.zero_grad()
         return torch.stack(ratios).max().item()
@@ -315,6 +319,31 @@ def scaling(model, device, args):
             row(what, value, tera, seconds, seconds / costs[0][0], tera / costs[0][1])
 
 
+def ranks(model, device, args):
+    """The seconds of a guided epoch with two trained steps by the processes of torchrun, each with as many images.
+
+    Each process makes --calls calls and an optimizer step over each of them, which is the only thing that it waits for
+    others in: the fewer calls to a step, the more that counts.
+    """
+    load = Workload(model, device, shard=args.shard)
+    if args.checkpointing:
+        load.denoiser.enable_gradient_checkpointing()
+    if args.how.endswith("compiled"):
+        common.compile_blocks(load.denoiser)
+    call = load.arguments(args.batch, args.resolution, args.steps, 4.5)
+
+    def epoch():
+        for tape in [load.sample(call, [1, 2]) for _ in range(args.calls)]:
+            load.update(tape)
+
+    epoch()
+    peak(device)
+    seconds, _ = timed(epoch, device, args.repeats)
+    images = args.batch * args.calls
+    table("processes", "images of each", "updates", "seconds", "images/s of all", "peak GiB of the first")
+    row(common.world(), images, args.calls, seconds, common.world() * images / seconds, peak(device))
+
+
 def share(model, device, args):
     """What `python grpo.py` does with the time of an epoch, in the script itself; evaluation not counted."""
     spent, inside = Counter(), []
@@ -376,27 +405,32 @@ def share(model, device, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=["shapes", "sd35", "flux"])
-    parser.add_argument("--mode", choices=["speed", "memory", "scaling", "share"], default="speed")
+    parser.add_argument("--mode", choices=["speed", "memory", "scaling", "share", "ranks"], default="speed")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--resolution", type=int, help="32 for shapes, else 512")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3, help="of what is timed")
     parser.add_argument("--epochs", type=int, default=2, help="of whole epochs that are timed")
+    parser.add_argument("--calls", type=int, default=4, help="of the pipeline in an epoch of --mode ranks")
+    parser.add_argument("--shard", action="store_true", help="full, sharded fine-tuning in --mode ranks")
     parser.add_argument("--how", default="eager,compiled")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.resolution = args.resolution or (32 if args.model == "shapes" else 512)
-    device = torch.device(args.device)
+    device = common.pick_device(grpo.Args(device=args.device))
+    if common.rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     else:
         torch.set_num_threads(1)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, one thread"
     print(f"{args.model} on {machine}, torch {torch.__version__}, diffusers {diffusers.__version__}", flush=True)
-    tables = {"speed": speed, "memory": memory, "scaling": scaling, "share": share}
+    tables = {"speed": speed, "memory": memory, "scaling": scaling, "share": share, "ranks": ranks}
     tables[args.mode]({"shapes": shapes, "sd35": sd35, "flux": flux}[args.model], device, args)
 
 
 if __name__ == "__main__":
-    main()
+    with common.processes():
+        main()

@@ -286,11 +286,6 @@ def test_a_refusal_names_the_file_that_set_the_value(refused, tmp_path):
     assert f"train.max_grad_norm = -1.0 (from {tmp_path}/c.yaml)" in refused("--config", tmp_path / "c.yaml")
 
 
-def test_several_processes_are_refused(refused, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "one process" in refused()
-
-
 def test_an_existing_run_is_refused(refused, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.csv").touch()
