@@ -408,6 +408,7 @@ def _check_keys(settings, cls, path, prefix=""):
         if name not in types:
             near = difflib.get_close_matches(str(name), types, n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(types)}"
+            hint = "write a section as a mapping of its own, not with a dot" if "." in str(name) else hint
             refuse(key, value, f"unknown key in {path}; {hint}")
         if dataclasses.is_dataclass(types[name]):
             if not isinstance(value, dict):
@@ -420,6 +421,7 @@ def _tokens(settings, prefix=""):
     tokens = []
     for name, value in settings.items():
         flag = f"--{prefix}{name}".replace("_", "-")
+        value = {} if value is None and name in ("call", "reward", "reward_options") else value
         if isinstance(value, dict) and name not in ("call", "reward", "reward_options"):
             tokens += _tokens(value, f"{prefix}{name}.")
         elif isinstance(value, dict):
@@ -459,7 +461,7 @@ OF_THE_CALL = (
 def check_args(args):
     """Refuse what no script can run: before any weights are loaded, with the key, the value and what would do.
 
-    Returns all prompts of the run, those of training and of evaluation.
+    Returns [(key, value, (weights, prompts, options))] of the rewards, for rewards.check_rewards to look at.
     """
     flat = _flatten(args)
     weights = [("reward", args.reward), ("eval.reward", args.eval.reward)]
@@ -536,7 +538,17 @@ def check_args(args):
     check_model(args)
     if not args.prompts:
         refuse("prompts", args.prompts, "name a text file of training prompts, one a line")
-    return read_prompts(args.prompts) + (read_prompts(args.eval.prompts, "eval.prompts") if args.eval.prompts else [])
+    asked = {**args.reward, **args.eval.reward}
+    checks = [
+        ("reward", args.reward, (args.reward,)),
+        ("eval.reward", args.eval.reward, (asked,)),
+        ("reward_options", args.reward_options, (asked, (), args.reward_options)),
+        ("prompts", args.prompts, (args.reward, read_prompts(args.prompts))),
+    ]
+    if args.eval.prompts or args.eval.reward:
+        key, path = ("eval.prompts", args.eval.prompts) if args.eval.prompts else ("prompts", args.prompts)
+        checks.append((key, path, (asked, read_prompts(path, key))))
+    return checks
 
 
 def check_model(args):
@@ -898,6 +910,8 @@ def rollout(
 
 def _alike(a, b):
     """Whether two calls have the same arguments and generators with the same seeds."""
+    if not all(isinstance(call["generator"], list) for call in (a, b)):
+        return False
     seeds = [[g.initial_seed() for g in call["generator"]] for call in (a, b)]
     return seeds[0] == seeds[1] and {**a, "generator": None} == {**b, "generator": None}
 
@@ -1007,7 +1021,7 @@ class _Player:
     def method(self, name, method, *args, **kwargs):
         answer = _copy(next(self.answers[name]))
         if self.target == 0 and name.startswith("prepare_"):
-            answer = tree_map_only(torch.Tensor, lambda t: self._initial(t), answer)
+            answer = tree_map_only(torch.Tensor, self._initial, answer)
         return answer
 
     def _initial(self, tensor):
@@ -1253,7 +1267,7 @@ class Snapshot:
 def read_prompts(path, key="prompts"):
     """The non-empty lines of a text file."""
     if not Path(path).is_file():
-        refuse(key, path, "no such file")
+        refuse(key, path, "no such file" if not Path(path).exists() else "is a folder; name a text file in it")
     try:
         prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
@@ -1572,6 +1586,11 @@ class Run:
             began = yaml.safe_load((self.folder / "environment.yaml").read_text())
             notes = _compare(args, began, environment)
             self.checkpoint = newest_checkpoint(self)
+            done = int(self.checkpoint.name.removeprefix("epoch_")) if self.checkpoint else 0
+            if args.train.max_epochs < done:
+                refuse(
+                    "train.max_epochs", args.train.max_epochs, f"{done} epochs are done already; take at least {done}"
+                )
             write_file(self.folder / "args.yaml", yaml.safe_dump(settings, sort_keys=False))
         except OSError as error:
             refuse("output_dir", args.output_dir, f"cannot write {self.folder}: {error.strerror}")

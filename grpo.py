@@ -5,22 +5,23 @@ that every step has a density; rewards; A = (reward − group mean) / group std;
 clipped policy gradient of PPO on the ratio r = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k), with an optional KL to the
 base model.
 
-    Flow-GRPO   arXiv 2505.05470   the defaults
+    Flow-GRPO   arXiv 2505.05470   the script's defaults (a model's defaults.yaml may say otherwise)
     DanceGRPO   arXiv 2505.07818   --train.dynamics-type Dance-SDE --train.noise-level 0.3 --train.same-init-noise
     CPS         arXiv 2509.05952   --train.dynamics-type CPS --train.noise-level 0.8
-    MixGRPO     arXiv 2507.21802   --train.train-steps 1 2 3 --train.num-train-steps 1   (SDE there, ODE elsewhere)
+    MixGRPO     arXiv 2507.21802   --train.train-steps 1 2 3 --train.num-train-steps 1   (SDE in one, ODE elsewhere)
                 Flash              --train.tail-steps 3              (fewer steps after the last SDE step)
     TempFlow    arXiv 2508.04324   --train.loss-weighting noise-aware                    (its weights)
     PaCo-RL     arXiv 2512.04784   --train.resolution 32 --eval.resolution 64            (low-resolution training)
 
 Where papers and released codes differ, this file does the following. A log-probability is the mean over the latent
 dimensions, not the sum, as in all released codes: that is what makes clip ranges as small as 1e-4 sensible. The
-standard deviation of the advantage is the group's (the paper's equation 4; its code takes that of all rewards, here
---train.global-std). The KL penalty is a squared distance of velocities or of means (as in Flow-Factory); the exact
-KL of the two Gaussians, per dimension, is logged beside it. The last step is sampled by the ODE and not trained.
+standard deviation of the advantage is the group's (the paper's equation 4); its code takes that of all rewards, as
+does the option train.global-std. The KL penalty is a squared distance of velocities or of means (as in Flow-Factory);
+the exact KL of the two Gaussians, per dimension, is logged beside it. The last step is sampled by the ODE and not
+trained.
 
     python grpo.py                                         the embedded model, on the machine in front of you
-    python grpo.py --model stabilityai/stable-diffusion-3.5-medium --prompts prompts.txt --reward my_reward.py:f=1
+    python grpo.py --model stabilityai/stable-diffusion-3.5-medium --prompts prompts.txt --reward mine.py:f=1
     python grpo.py --help
 """
 
@@ -84,7 +85,7 @@ class TrainArgs:
     adv_clip_range: float = 5.0
     """Advantages are clipped to ± this."""
     global_std: bool = False
-    """Divide advantages by the standard deviation of all rewards of the epoch instead of the group's."""
+    """Divide advantages by the standard deviation of all rewards of the epoch instead of the group's. Not in gdpo."""
     advantage_aggregation: Literal["sum", "gdpo"] = "sum"
     """Of several weighted rewards: sum takes the advantages of their sum, gdpo adds up those of each (group std)."""
     loss_weighting: Literal["uniform", "noise-aware"] = "uniform"
@@ -146,7 +147,11 @@ def check(args):
         refuse("train.group_size", train.group_size, "an image alone in its group has advantage 0; take at least 2")
     steps, last = candidate_steps(train), train.num_inference_steps - 1
     if not steps or sorted(set(steps)) != sorted(steps) or not all(0 <= k <= last for k in steps):
-        refuse("train.train_steps", train.train_steps, f"needs different step indices from 0 to {last}")
+        refuse(
+            "train.train_steps",
+            train.train_steps,
+            f"with train.num_inference_steps = {last + 1} needs different indices from 0 to {last}",
+        )
     if train.dynamics_type == "CPS" and train.noise_level > 1:
         refuse("train.noise_level", train.noise_level, "CPS takes at most 1, which replaces all noise by fresh noise")
     if train.dynamics_type == "CPS" and last in steps:
@@ -157,14 +162,9 @@ def check(args):
     if train.tail_steps is not None and not 1 <= train.tail_steps <= last - earliest:
         remedy = f"the last stochastic step is {earliest} or later, and after it come at most {last - earliest} steps"
         refuse("train.tail_steps", train.tail_steps, f"{remedy}; take 1 to that many, or None")
-    all_prompts = common.check_args(args)
-    asked = {**args.reward, **args.eval.reward}
-    with common.refusing("reward", args.reward):
-        rewards.check_rewards(args.reward, all_prompts)
-    with common.refusing("eval.reward", args.eval.reward):
-        rewards.check_rewards(asked, common.read_prompts(args.eval.prompts or args.prompts))
-    with common.refusing("reward_options", args.reward_options):
-        rewards.check_rewards(asked, options=args.reward_options)
+    for key, value, checked in common.check_args(args):
+        with common.refusing(key, value):
+            rewards.check_rewards(*checked)
 
 
 def candidate_steps(train):
@@ -216,7 +216,8 @@ def gdpo_advantages(scores, weights, group_size):
     """GDPO, arXiv 2601.05242: the weighted sum of each reward's own advantages in its groups, over the sum's std.
 
     scores: {"name": (N,)}, groups contiguous; weights: {"name": weight}. Returns (N,), of mean 0 and, over the epoch,
-    std 1. So the scale of a reward does not count, only its weight; one that is constant in a group adds 0 there.
+    std 1. So the scale of a reward does not count (if its std is well above 1e-4), only its weight; one that is
+    constant in a group adds 0 there.
     """
     total = sum(weight * group_advantages(scores[name], group_size, False) for name, weight in weights.items())
     return total / (total.std(correction=0) + 1e-4)
@@ -335,7 +336,7 @@ def main():
             update = common.Metrics()
             for i, k in common.progress(list(product(chunk, steps)), "training"):
                 if silent[i] and not reference:
-                    continue  # no gradient comes from groups of equal rewards
+                    continue  # equal rewards give no gradient; what is logged is of the other calls
                 if reference:
                     with torch.no_grad(), reference.loaded():
                         ref_velocity, ref_step = replay(pipe, rollouts[i], k)

@@ -75,7 +75,7 @@ class TrainArgs:
     adv_clip_range: float = 5.0
     """Advantages are clipped to ± this."""
     global_std: bool = False
-    """Divide advantages by the standard deviation of all rewards of the epoch instead of the group's."""
+    """Divide advantages by the standard deviation of all rewards of the epoch instead of the group's. Not in gdpo."""
     advantage_aggregation: Literal["sum", "gdpo"] = "sum"
     """Of several weighted rewards: sum takes the advantages of their sum, gdpo adds up those of each (group std)."""
     reweight: bool = True
@@ -137,21 +137,20 @@ def check(args):
         refuse("train.group_size", train.group_size, "an image alone in its group has advantage 0; take at least 2")
     steps, last = candidate_steps(train), train.num_inference_steps - 1
     if not steps or sorted(set(steps)) != sorted(steps) or not all(0 <= k <= last for k in steps):
-        refuse("train.train_steps", train.train_steps, f"needs different step indices from 0 to {last}")
+        refuse(
+            "train.train_steps",
+            train.train_steps,
+            f"with train.num_inference_steps = {last + 1} needs different indices from 0 to {last}",
+        )
     if train.num_train_steps is not None and not 1 <= train.num_train_steps <= len(steps):
         refuse("train.num_train_steps", train.num_train_steps, f"there are {len(steps)} candidate steps to draw from")
     earliest = sorted(steps)[(train.num_train_steps or len(steps)) - 1]
     if train.tail_steps is not None and not 1 <= train.tail_steps <= last - earliest:
         remedy = f"the last stochastic step is {earliest} or later, and after it come at most {last - earliest} steps"
         refuse("train.tail_steps", train.tail_steps, f"{remedy}; take 1 to that many, or None")
-    all_prompts = common.check_args(args)
-    asked = {**args.reward, **args.eval.reward}
-    with common.refusing("reward", args.reward):
-        rewards.check_rewards(args.reward, all_prompts)
-    with common.refusing("eval.reward", args.eval.reward):
-        rewards.check_rewards(asked, common.read_prompts(args.eval.prompts or args.prompts))
-    with common.refusing("reward_options", args.reward_options):
-        rewards.check_rewards(asked, options=args.reward_options)
+    for key, value, checked in common.check_args(args):
+        with common.refusing(key, value):
+            rewards.check_rewards(*checked)
 
 
 def candidate_steps(train):
@@ -194,7 +193,8 @@ def gdpo_advantages(scores, weights, group_size):
     """GDPO, arXiv 2601.05242: the weighted sum of each reward's own advantages in its groups, over the sum's std.
 
     scores: {"name": (N,)}, groups contiguous; weights: {"name": weight}. Returns (N,), of mean 0 and, over the epoch,
-    std 1. So the scale of a reward does not count, only its weight; one that is constant in a group adds 0 there.
+    std 1. So the scale of a reward does not count (if its std is well above 1e-4), only its weight; one that is
+    constant in a group adds 0 there.
     """
     total = sum(weight * group_advantages(scores[name], group_size, False) for name, weight in weights.items())
     return total / (total.std(correction=0) + 1e-4)
@@ -323,7 +323,7 @@ def main():
             update = common.Metrics()
             for i, k in common.progress(list(product(chunk, steps)), "training"):
                 if silent[i] and not reference:
-                    continue  # no gradient comes from groups of equal rewards
+                    continue  # equal rewards give no gradient; what is logged is of the other calls
                 if reference:
                     with torch.no_grad(), reference.loaded():
                         ref_velocity, ref_step = replay(pipe, rollouts[i], k)

@@ -17,7 +17,7 @@ pipeline is trained at one timestep at a time, all its images together, because 
 batch. Several updates per epoch matter: only away from v_old do the two losses pull back to it (docs/results.md).
 
     python nft.py                                         the embedded model, on the machine in front of you
-    python nft.py --model stabilityai/stable-diffusion-3.5-medium --prompts prompts.txt --reward my_reward.py:f=1
+    python nft.py --model stabilityai/stable-diffusion-3.5-medium --prompts prompts.txt --reward mine.py:f=1
     python nft.py --help
 """
 
@@ -82,7 +82,7 @@ class TrainArgs:
     adv_clip_range: float = 5.0
     """Advantages are clipped to ± this, which makes the optimality r = 1/2 + A / (2 · this)."""
     global_std: bool = True
-    """Divide advantages by the standard deviation of all rewards of the epoch instead of the group's."""
+    """Divide advantages by the standard deviation of all rewards of the epoch instead of the group's. Not in gdpo."""
     advantage_aggregation: Literal["sum", "gdpo"] = "sum"
     """Of several weighted rewards: sum takes the advantages of their sum, gdpo adds up those of each (group std)."""
     self_normalised: bool = True
@@ -148,17 +148,16 @@ def check(args):
         refuse("train.group_size", train.group_size, "an image alone in its group has advantage 0; take at least 2")
     steps, last = candidate_steps(train), train.num_inference_steps - 1
     if not steps or sorted(set(steps)) != sorted(steps) or not all(0 <= k <= last for k in steps):
-        refuse("train.train_steps", train.train_steps, f"needs different step indices from 0 to {last}")
+        refuse(
+            "train.train_steps",
+            train.train_steps,
+            f"with train.num_inference_steps = {last + 1} needs different indices from 0 to {last}",
+        )
     if train.num_train_steps is not None and not 1 <= train.num_train_steps <= len(steps):
         refuse("train.num_train_steps", train.num_train_steps, f"there are {len(steps)} candidate steps to draw from")
-    all_prompts = common.check_args(args)
-    asked = {**args.reward, **args.eval.reward}
-    with common.refusing("reward", args.reward):
-        rewards.check_rewards(args.reward, all_prompts)
-    with common.refusing("eval.reward", args.eval.reward):
-        rewards.check_rewards(asked, common.read_prompts(args.eval.prompts or args.prompts))
-    with common.refusing("reward_options", args.reward_options):
-        rewards.check_rewards(asked, options=args.reward_options)
+    for key, value, checked in common.check_args(args):
+        with common.refusing(key, value):
+            rewards.check_rewards(*checked)
 
 
 def candidate_steps(train):
@@ -197,7 +196,8 @@ def gdpo_advantages(scores, weights, group_size):
     """GDPO, arXiv 2601.05242: the weighted sum of each reward's own advantages in its groups, over the sum's std.
 
     scores: {"name": (N,)}, groups contiguous; weights: {"name": weight}. Returns (N,), of mean 0 and, over the epoch,
-    std 1. So the scale of a reward does not count, only its weight; one that is constant in a group adds 0 there.
+    std 1. So the scale of a reward does not count (if its std is well above 1e-4), only its weight; one that is
+    constant in a group adds 0 there.
     """
     total = sum(weight * group_advantages(scores[name], group_size, False) for name, weight in weights.items())
     return total / (total.std(correction=0) + 1e-4)
@@ -257,7 +257,9 @@ def main():
     )
     checkpoint = common.Checkpoint(run, named, optimizer, old=old, reference=reference, ema=ema)
     prompts = common.read_prompts(args.prompts)
-    tail_steps = train.num_inference_steps if train.solver == "DPM-Solver++" else None  # without noise all is tail
+    tail_steps = (
+        train.num_inference_steps if train.solver == "DPM-Solver++" else None
+    )  # without noisy steps all are its tail
     noisy_steps = range(train.num_inference_steps - 1) if train.dynamics_type != "ODE" else ()
     common.print_plan(run, args, parameters, trained_steps=len(drawn_steps(train, 0)), networks=2 + bool(reference))
 
@@ -338,8 +340,9 @@ def main():
             if ema and updates % train.ema_update_interval == 0:
                 ema.update(min(train.ema_decay, (1 + updates) / (10 + updates)))
         assert updates == epoch * train.num_inner_epochs * train.gradient_step_per_epoch
-        old.update(old_decay(train, updates))
-        metrics.add({"old_decay": old_decay(train, updates)})
+        decay = old_decay(train, updates)
+        old.update(decay)
+        metrics.add({"old_decay": decay})
 
         due = epoch % args.eval.eval_freq == 0 or epoch == train.max_epochs
         row = {"epoch": epoch, "images": epoch * len(images), **metrics.means("train/")}

@@ -823,7 +823,9 @@ def _wrong_option(weights, key, value):
     """Why a reward does not take this value of this option; None if it does."""
     name, _, option = key.rpartition(".")
     if name not in weights:
-        return f"should be NAME.OPTION=VALUE of a reward that is asked for: {', '.join(weights)}"
+        return f"should be NAME.OPTION=VALUE (in YAML NAME.OPTION: VALUE) of a reward asked for: {', '.join(weights)}"
+    if name not in REWARDS:
+        return "a function of your own takes no options; write a factory into rewards.py"
     takes = inspect.signature(find_reward(name)).parameters
     if option not in takes:
         near = difflib.get_close_matches(option, takes, n=1)
@@ -832,8 +834,8 @@ def _wrong_option(weights, key, value):
     kind = takes[option].annotation
     if kind is not inspect.Parameter.empty and not _fits(value, kind):
         return f"should be {inspect.formatannotation(kind).replace('typing.', '')}"
-    if option == "batch_size" and value < 1:
-        return "must be at least 1"
+    if option in ("batch_size", "divide_by", "side", "threads", "concurrency", "timeout") and value <= 0:
+        return "must be above 0"
     if option == "device":
         try:
             torch.empty(0, device=value)
@@ -915,7 +917,7 @@ def _checked(name, function, images, prompts):
         value = torch.as_tensor(function(images, prompts), dtype=torch.float32, device=images.device)
     except Exception as error:
         traceback.print_exc()  # the user's own code: show where
-        raise RewardError(name, f"failed: {type(error).__name__}: {error}") from error
+        raise RewardError(name, f"failed: {' '.join(f'{type(error).__name__}: {error}'.split())}") from error
     if value.shape != (len(images),):
         raise RewardError(name, f"returned shape {tuple(value.shape)} for {len(images)} images")
     if not value.isfinite().all():

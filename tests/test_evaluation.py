@@ -216,7 +216,7 @@ def test_rewards_of_evaluation_are_checked(refused, tmp_path):
     assert "eval.reward shapes = inf: must be a finite number" in refused("--eval.reward", "shapes=inf")
     (tmp_path / "other.txt").write_text("an astronaut on a horse\n")
     message = refused("--eval.prompts", tmp_path / "other.txt", "--eval.reward", "shapes=1")
-    assert "eval.reward" in message and "'an astronaut on a horse' is outside the grammar" in message
+    assert "eval.prompts" in message and "'an astronaut on a horse' is outside the grammar" in message
 
 
 def test_rewards_of_evaluation_score_no_training_prompt(run, tmp_path):

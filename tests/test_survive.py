@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import SMALL, read_csv
 from safetensors.torch import load_file
 
@@ -322,7 +323,7 @@ def start(start, loaded, monkeypatch):
     """A tiny run in this process, of a pipeline that is loaded already, without the contract: other tests check it."""
     for script in (grpo, grpo_guard, nft):
         monkeypatch.setattr(script, "first_step_contract", lambda *_: None)
-    monkeypatch.setattr(common, "load_pipeline", lambda model, device, dtype, offload: copy.deepcopy(loaded).to(dtype))
+    monkeypatch.setattr(common, "load_pipeline", lambda model, device, dtype, *_: copy.deepcopy(loaded).to(dtype))
     return lambda script, *argv, name="run": start(script, *TINY, "--train.max-epochs", 2, *argv, name=name)
 
 
@@ -557,6 +558,9 @@ def test_arguments_that_would_change_the_run_are_refused(finished, nothing_loads
     assert f"train.clip_range = 0.25 (from {tmp_path}/c.yaml)" in said
     assert "is for grpo.py" in refusal_of(lambda: resume(nft), capsys)
     assert "neither" in refusal_of(lambda: resume(grpo, name="nowhere"), capsys)
+    said = refusal_of(lambda: resume(grpo, "--train.max-epochs", 1), capsys)
+    assert "train.max_epochs = 1: 2 epochs are done" in said
+    assert yaml.safe_load((finished / "args.yaml").read_text())["train"]["max_epochs"] == 2
 
 
 def test_prompts_that_have_changed_are_refused(finished, nothing_loads, resume, capsys, tmp_path):
