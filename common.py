@@ -512,8 +512,8 @@ def check_args(args):
         good = [u for u in range(1, images // batch + 1) if (images // batch) % u == 0]
         refuse(
             "train.gradient_step_per_epoch", updates,
-            f"does not divide the {images // batch} pipeline calls of an epoch{each}; one of {good} would, "
-            f"or another train.per_device_batch_size",
+            f"does not divide the {images // batch} pipeline calls of an epoch{each} (its images / "
+            f"per_device_batch_size); one of {good} would, or another train.per_device_batch_size",
         )  # fmt: skip
 
     if args.device != "auto":

@@ -286,6 +286,7 @@ def main():
         rollouts, texts = [], {}  # texts: what was encoded already
         batches = common.batches(common.own(images), train.per_device_batch_size)
         for batch in common.progress(batches, "sampling and rewards"):
+            # the last number tells the noise at the start, 0, from that of the steps, 1
             start_seeds = [(train.seed, epoch, g, 0 if train.same_init_noise else m, 0) for g, m in batch]
             step_seeds = [(train.seed, epoch, g, m, 1) for g, m in batch]
             call = dict(

@@ -369,8 +369,10 @@ def first_step_contract(run, pipe, train, parameters, old, reference, rollouts, 
         # at the base model the penalty and its gradient are 0, so look from a little beside it
         beside = Snapshot(parameters)
         beside.values = [value + 1e-3 * torch.randn_like(value) for value in beside.values]
+        with torch.no_grad(), reference.loaded():
+            v_ref = replay(pipe, rollouts[0], k, x)[0]
         with beside.loaded():
-            ((replay(pipe, rollouts[0], k, x)[0].float() - v.float()) ** 2).mean().backward()
+            ((replay(pipe, rollouts[0], k, x)[0].float() - v_ref.float()) ** 2).mean().backward()
         gradient = common.gradient_norm(parameters).item()
         for p in parameters:
             p.grad = None

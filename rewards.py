@@ -444,7 +444,9 @@ def geneval(
 _ANY_OBJECT, _ANY_COLOUR = "|".join(OBJECTS), "|".join(GENEVAL_COLOURS)
 _THING = rf"an? (?:({_ANY_COLOUR}) )?({_ANY_OBJECT})"
 _THINGS = re.compile(rf"a photo of {_THING}(?: (and|{'|'.join(RELATIONS)}) {_THING})?")
-_COUNT = re.compile(rf"a photo of ({'|'.join(NUMBERS)}) ({_ANY_OBJECT})e?s")  # its plurals: buses, but also benchs
+_COUNT = re.compile(
+    rf"a photo of ({'|'.join(NUMBERS)}) ({_ANY_OBJECT})e?s"
+)  # its plurals: s or es, "benchs" among them, and no irregular ones
 
 
 def parse_geneval(prompt):
@@ -722,7 +724,7 @@ def _number(choice, low, high):
     text = choice["message"]["content"]
     number = re.search(r"-?\d+(\.\d+)?", text)
     if not number or not low <= float(number[0]) <= high:
-        raise ValueError(f"no number from {low:g} to {high:g} at the beginning of {text[:300]!r}")
+        raise ValueError(f"the first number is none from {low:g} to {high:g} in {text[:300]!r}")
     return (float(number[0]) - low) / (high - low)
 
 

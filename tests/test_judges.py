@@ -705,7 +705,7 @@ def test_a_refusal_is_not_tried_again(judge, waits):
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ("I cannot say", "no number from 0 to 10 at the beginning of 'I cannot say'"),
+        ("I cannot say", "the first number is none from 0 to 10 in 'I cannot say'"),
         ((200, "<html>"), "JSONDecodeError: Expecting value"),
         ((200, {"error": "what?"}), 'a reply of another form: {"error": "what\\?"}'),
         ("cut", "IncompleteRead"),

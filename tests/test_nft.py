@@ -393,7 +393,10 @@ class Watched(Snapshot):
     "options, decays",
     [
         ("--train.old-decay-slope 0.2 --train.old-decay-max 0.7", [0.4, 0.7, 0.7]),
-        ("--train.old-decay-slope 0.2 --train.old-decay-start 3 --finetune-type full", [0, 0.2, 0.5]),
+        (
+            "--train.old-decay-slope 0.2 --train.old-decay-start 3 --train.old-decay-max 0.5 --finetune-type full",
+            [0, 0.2, 0.5],
+        ),
         ("--train.old-decay-slope 0.2 --train.no-off-policy", [0, 0, 0]),
     ],
 )
