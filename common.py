@@ -58,7 +58,7 @@ from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from tqdm import tqdm
@@ -500,6 +500,8 @@ def check_args(args):
         refuse("shard", True, "needs several processes to share the model: torchrun --nproc-per-node 2 ...")
     if args.shard and args.finetune_type != "full":
         refuse("shard", True, f"is for full fine-tuning, not {args.finetune_type}; add --finetune-type full")
+    if args.shard and args.offload:
+        refuse("offload", True, "does not go with --shard; leave one of them out")
     if images % batch:
         good = [b for b in range(1, images + 1) if images % b == 0]
         nearest = min(good, key=lambda b: abs(b - batch))
@@ -628,7 +630,7 @@ def _quiet():
 
 def pick_device(args):
     """The torch device of --device, made ready; auto is the GPU if there is one, to each process its own."""
-    device = torch.device(_device(args))
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     if args.cpu_threads:
         torch.set_num_threads(args.cpu_threads)
     if device.type == "cuda":
@@ -639,13 +641,14 @@ def pick_device(args):
     return device
 
 
-def _device(args):
-    return ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-
-
 def make_pipeline(args, device):
     """The pipeline that the arguments ask for: its model, its dtype, and where its memory goes."""
-    pipe = load_pipeline(args.model, device, getattr(torch, args.dtype), args.offload, args.shard)
+    pipe = load_pipeline(args.model, "cpu" if args.shard else device, getattr(torch, args.dtype), args.offload)
+    for name, module in pipe.components.items() if args.shard else ():
+        if name in denoisers(pipe):
+            shard_blocks(module, device)
+        elif isinstance(module, torch.nn.Module):
+            module.to(device)
     for key, method in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
         if getattr(args, key):
             if not hasattr(getattr(pipe, "vae", None), method):
@@ -654,22 +657,20 @@ def make_pipeline(args, device):
     return pipe
 
 
-def load_pipeline(model, device, dtype, offload=False, shard=False) -> DiffusionPipeline:
+def load_pipeline(model, device, dtype, offload=False) -> DiffusionPipeline:
     """Load a diffusers folder or hub id, frozen, on a device and in a dtype.
 
     Components that model_index.json holds as null are passed as None, the idiom by which SD3's T5 is left out.
-    offload: text encoders and VAE stay on the CPU and visit the device. shard: the denoisers stay there too, for
-    `shard_blocks` to bring a part of them.
+    offload: text encoders and VAE stay on the CPU and visit the device.
     """
     index = DiffusionPipeline.load_config(model)
     absent = {name: None for name, spec in index.items() if isinstance(spec, (list, tuple)) and spec[0] is None}
     with _quiet():
         pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, **absent)
-    for name, module in pipe.components.items():
-        if isinstance(module, torch.nn.Module) and not (shard if name in denoisers(pipe) else offload):
-            module.to(device)
     if offload:
         let_visit(pipe, device)
+    else:
+        pipe.to(device)
     use_flow_matching(pipe)
     pipe.set_progress_bar_config(disable=True)
     for module in _modules(pipe):
@@ -678,10 +679,12 @@ def load_pipeline(model, device, dtype, offload=False, shard=False) -> Diffusion
 
 
 def let_visit(pipe, device):
-    """Keep all networks but the denoisers on the CPU; they visit the device while they work."""
+    """Put the denoisers on the device; all other networks stay on the CPU and visit it while they work."""
     visits = []
     for name, module in pipe.components.items():
-        if isinstance(module, torch.nn.Module) and name not in denoisers(pipe):
+        if name in denoisers(pipe):
+            module.to(device)
+        elif isinstance(module, torch.nn.Module):
             visits.append(_Visit(module, device))
             add_hook_to_module(module, visits[-1])
     # diffusers calls this at the end of a pipeline; a VAE's decode() has no other end
@@ -771,13 +774,12 @@ def trainable_parameters(pipe, args, seed):
             denoiser.enable_gradient_checkpointing()
         if args.compile:
             compile_blocks(denoiser)
-        for parameter in denoiser.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-        if args.shard:
-            shard_blocks(denoiser, torch.device(_device(args)).type)
     named = {f"{name}.{key}": p for name, module in denoisers(pipe).items() for key, p in module.named_parameters()}
-    return {name: p for name, p in named.items() if p.requires_grad}
+    named = {name: p for name, p in named.items() if p.requires_grad}
+    for parameter in named.values():
+        if parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+    return named
 
 
 def _blocks(denoiser, key):
@@ -789,11 +791,16 @@ def _blocks(denoiser, key):
     return blocks
 
 
-def shard_blocks(denoiser, device_type):
-    """Divide each parameter among the processes; a block is put together while it works, and then forgotten again."""
-    mesh = dist.init_device_mesh(device_type, (world(),))
-    name = type(denoiser).__name__
+def shard_blocks(denoiser, device):
+    """Divide a network's parameters, in float32, among the processes; it comes from the CPU block by block.
+
+    A block is put together while it works, and then forgotten again.
+    """
+    mesh, name = dist.init_device_mesh(device.type, (world(),)), type(denoiser).__name__
     for module in (*_blocks(denoiser, "shard"), denoiser):  # the root too is forgotten: it would miss loaded snapshots
+        for parameter in module.parameters():
+            if not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.float()
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     type(denoiser).__name__ = name  # under which diffusers saves it
 
@@ -1565,14 +1572,19 @@ class Run:
         self.in_loop = False
         self.eval_prompts = read_prompts(args.eval.prompts or args.prompts)
         self.folder = Path(args.resume) if args.resume else gather(_new_folder(args, script))[0]
-        self.trackers, self.checkpoint = [], None
-        if rank() == 0:
-            self._open(sources, script)
+        self.checkpoint, environment, notes = self._open(script) if rank() == 0 else (None, None, ())
         self.checkpoint = gather(self.checkpoint)[0]
         Run.current = self
+        self.trackers = self._trackers(environment["started"]) if rank() == 0 else []
+        self.print(f"{Path(script).name} -> {self.folder}")
+        for source in dict.fromkeys(source for _, source in sources.values()):
+            said = [f"{key} {value}" for key, (value, where) in sources.items() if where == source]
+            self.print(f"from {source}: {', '.join(said)}")
+        for note in notes:
+            self.print(f"note: {note}")
 
-    def _open(self, sources, script):
-        """Make the folder or find the checkpoint there, and say what this run is."""
+    def _open(self, script):
+        """Make the folder, or look at what is in it: (checkpoint, the environment that the run began in, notes)."""
         args = self.args
         settings, environment = _settings(args), _environment(args, script)
         try:
@@ -1585,33 +1597,32 @@ class Run:
             self._lock()
             began = yaml.safe_load((self.folder / "environment.yaml").read_text())
             notes = _compare(args, began, environment)
-            self.checkpoint = newest_checkpoint(self)
-            done = int(self.checkpoint.name.removeprefix("epoch_")) if self.checkpoint else 0
+            checkpoint = newest_checkpoint(self)
+            done = int(checkpoint.name.removeprefix("epoch_")) if checkpoint else 0
             if args.train.max_epochs < done:
-                refuse(
-                    "train.max_epochs", args.train.max_epochs, f"{done} epochs are done already; take at least {done}"
-                )
+                remedy = f"{done} epochs are done already; take at least {done}"
+                refuse("train.max_epochs", args.train.max_epochs, remedy)
             write_file(self.folder / "args.yaml", yaml.safe_dump(settings, sort_keys=False))
         except OSError as error:
             refuse("output_dir", args.output_dir, f"cannot write {self.folder}: {error.strerror}")
-        if args.track:
+        return checkpoint, began, notes
+
+    def _trackers(self, started):
+        """Functions that take a row of metrics."""
+        trackers = []
+        if self.args.track:
             import wandb
 
             name = self.folder.name
-            same = {"id": f"{name}-{began['started']}", "resume": "allow"}
-            wandb.init(project="flow-rl", name=name, dir=self.folder, config=settings, **same)
-            self.trackers.append(lambda row: wandb.log(row, step=row["epoch"]))
-        if args.tensorboard:
+            same = {"id": f"{name}-{started}", "resume": "allow"}
+            wandb.init(project="flow-rl", name=name, dir=self.folder, config=_settings(self.args), **same)
+            trackers.append(lambda row: wandb.log(row, step=row["epoch"]))
+        if self.args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             board = SummaryWriter(self.folder)
-            self.trackers.append(lambda row: [board.add_scalar(k, v, row["epoch"]) for k, v in row.items()])
-        self.print(f"{Path(script).name} -> {self.folder}")
-        for source in dict.fromkeys(source for _, source in sources.values()):
-            said = [f"{key} {value}" for key, (value, where) in sources.items() if where == source]
-            self.print(f"from {source}: {', '.join(said)}")
-        for note in notes:
-            self.print(f"note: {note}")
+            trackers.append(lambda row: [board.add_scalar(k, v, row["epoch"]) for k, v in row.items()])
+        return trackers
 
     def _lock(self):
         """One process to a run; the lock goes with the process, however it ends."""
@@ -1719,13 +1730,13 @@ class Run:
     def save_weights(self, pipe):
         """The trained weights in diffusers' own format: lora/ (with its alpha), or the denoiser's own folder."""
         trained = denoisers(pipe)
-        states = {name: whole_state(module) for name, module in trained.items()} if self.args.shard else {}
+        states = {name: whole_state(module) for name, module in trained.items() if isinstance(module, FSDPModule)}
         if rank():
             return
         if self.args.finetune_type == "full":
             for name, module in trained.items():
                 with whole(self.folder / name, replace=True) as folder, ExitStack() as stack:
-                    if self.args.shard:
+                    if name in states:
                         module.state_dict = lambda name=name: states[name]
                         stack.callback(delattr, module, "state_dict")
                     module.save_pretrained(folder)

@@ -123,7 +123,9 @@ class Workload:
             if isinstance(module, torch.nn.Module):
                 module.to(device).requires_grad_(False).eval()
         self.pipe.set_progress_bar_config(disable=True)
-        args = grpo.Args(finetune_type="full" if model is shapes or shard else "lora", shard=shard, device=str(device))
+        args = grpo.Args(finetune_type="full" if model is shapes or shard else "lora")
+        if shard:
+            common.shard_blocks(self.denoiser, device)
         self.parameters = list(common.trainable_parameters(self.pipe, args, 0).values())
         self.optimizer = torch.optim.AdamW(self.parameters, 1e-6, fused=True)
 
