@@ -13,6 +13,13 @@ import grpo
 torch.set_num_threads(1)  # the same result on every machine, and the fastest where the cores are shared
 
 
+def pytest_collection_modifyitems(items):
+    """For several workers: the tests of a file stay together, those of a family of pipelines among themselves."""
+    for item in items:
+        family = item.callspec.params.get("family") if hasattr(item, "callspec") else None
+        item.add_marker(pytest.mark.xdist_group(family or item.path.stem))
+
+
 @pytest.fixture
 def make_pipe():
     """The embedded pipeline with an adapter that does something, in a dtype."""
