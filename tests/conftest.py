@@ -1,4 +1,5 @@
 import csv
+import functools
 import os
 import sys
 
@@ -106,3 +107,15 @@ def refusal(start, monkeypatch, capsys):
         return capsys.readouterr().err
 
     return call
+
+
+@pytest.fixture
+def run(start):
+    """Run grpo.py with more arguments; returns its run folder."""
+    return functools.partial(start, grpo)
+
+
+@pytest.fixture
+def refused(refusal):
+    """The message of a grpo.py command that must be refused."""
+    return functools.partial(refusal, grpo)

@@ -1,6 +1,5 @@
 """What a run is judged by: several rewards, those of evaluation, statistics of images, grids, videos, saved weights."""
 
-import functools
 import threading
 
 import numpy as np
@@ -19,18 +18,6 @@ import nft
 import rewards
 
 SCRIPTS = pytest.mark.parametrize("script", [grpo, grpo_guard, nft], ids=lambda script: script.__name__)
-
-
-@pytest.fixture
-def run(start):
-    """Run grpo.py with more arguments; returns its run folder."""
-    return functools.partial(start, grpo)
-
-
-@pytest.fixture
-def refused(refusal):
-    """The message of a grpo.py command that must be refused."""
-    return functools.partial(refusal, grpo)
 
 
 @pytest.fixture

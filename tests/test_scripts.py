@@ -1,6 +1,5 @@
 """The scripts as a user meets them: short runs, the run folder, and every refusal."""
 
-import functools
 import importlib
 import json
 import shlex
@@ -21,18 +20,6 @@ import grpo_guard
 import rewards
 
 ROOT = Path(common.__file__).parent
-
-
-@pytest.fixture
-def run(start):
-    """Run grpo.py with more arguments; returns its run folder."""
-    return functools.partial(start, grpo)
-
-
-@pytest.fixture
-def refused(refusal):
-    """The message of a grpo.py command that must be refused."""
-    return functools.partial(refusal, grpo)
 
 
 # A whole run
