@@ -812,7 +812,7 @@ def compile_blocks(denoiser):
     torch._inductor.config.emulate_precision_casts = True
     torch._dynamo.config.recompile_limit = 64  # kinds of blocks x shapes x with and without gradients
     for block in blocks:
-        block.compile()
+        block.compile(dynamic=False)  # a training call has one shape, and gets the fastest code for it
 
 
 def denoisers(pipe):
