@@ -9,6 +9,7 @@ base model.
     DanceGRPO   arXiv 2505.07818   --train.dynamics-type Dance-SDE --train.noise-level 0.3 --train.same-init-noise
     CPS         arXiv 2509.05952   --train.dynamics-type CPS --train.noise-level 0.8
     MixGRPO     arXiv 2507.21802   --train.train-steps 1 2 3 --train.num-train-steps 1   (SDE in one, ODE elsewhere)
+                window             --train.shift-interval 25         (it moves on by a step every 25 epochs)
                 Flash              --train.tail-steps 3              (fewer steps after the last SDE step)
     TempFlow    arXiv 2508.04324   --train.loss-weighting noise-aware                    (its weights)
     PaCo-RL     arXiv 2512.04784   --train.resolution 32 --eval.resolution 64            (low-resolution training)
@@ -74,6 +75,9 @@ class TrainArgs:
     """Candidates for the steps that are stochastic and trained, from 0 (all noise); None is all but the last."""
     num_train_steps: Optional[int] = None
     """How many of the candidates are drawn in each epoch; the other steps are ODE. None is all of them."""
+    shift_interval: Optional[int] = None
+    """Epochs after which MixGRPO's window, num_train_steps neighbouring candidates, moves on by one, up to the last
+    ones. None draws the candidates anew in each epoch."""
     tail_steps: Optional[int] = None
     """Network calls after the last stochastic step, at most, by DPM-Solver++(2M) on a coarser grid (MixGRPO-Flash).
     None keeps the whole schedule there, with Euler's steps."""
@@ -158,6 +162,11 @@ def check(args):
         refuse("train.train_steps", train.train_steps, f"CPS has no noise in its last step; leave out {last}")
     if train.num_train_steps is not None and not 1 <= train.num_train_steps <= len(steps):
         refuse("train.num_train_steps", train.num_train_steps, f"there are {len(steps)} candidate steps to draw from")
+    if train.shift_interval is not None and train.shift_interval < 1:
+        refuse("train.shift_interval", train.shift_interval, "must be at least 1; MixGRPO has 25")
+    if train.shift_interval is not None and train.num_train_steps is None:
+        remedy = "moves a window of train.num_train_steps steps, which is None; set that too (MixGRPO has 4)"
+        refuse("train.shift_interval", train.shift_interval, remedy)
     earliest = sorted(steps)[(train.num_train_steps or len(steps)) - 1]
     if train.tail_steps is not None and not 1 <= train.tail_steps <= last - earliest:
         remedy = f"the last stochastic step is {earliest} or later, and after it come at most {last - earliest} steps"
@@ -173,10 +182,14 @@ def candidate_steps(train):
 
 
 def drawn_steps(train, epoch):
-    """The stochastic, trained steps of an epoch, decided by (seed, epoch) alone."""
+    """The stochastic, trained steps of an epoch (from 1), decided by (seed, epoch) alone."""
     candidates = candidate_steps(train)
+    count = train.num_train_steps or len(candidates)
+    if train.shift_interval:
+        start = min((epoch - 1) // train.shift_interval, len(candidates) - count)
+        return sorted(candidates)[start : start + count]
     rng = np.random.default_rng([train.seed, epoch])
-    return sorted(rng.choice(candidates, train.num_train_steps or len(candidates), replace=False).tolist())
+    return sorted(rng.choice(candidates, count, replace=False).tolist())
 
 
 def most_steps(train):
@@ -276,7 +289,7 @@ def main():
     checkpoint = common.Checkpoint(run, named, optimizer, reference=reference, ema=ema)
     prompts = common.read_prompts(args.prompts)
     networks = 1 + bool(reference)
-    common.print_plan(run, args, parameters, len(drawn_steps(train, 0)), networks, most_steps(train))
+    common.print_plan(run, args, parameters, len(drawn_steps(train, 1)), networks, most_steps(train))
 
     def evaluate(epoch):
         with ema.loaded() if ema else nullcontext():

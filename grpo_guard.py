@@ -64,6 +64,9 @@ class TrainArgs:
     """Candidates for the steps that are stochastic and trained, from 0 (all noise); None is all but the last."""
     num_train_steps: Optional[int] = None
     """How many of the candidates are drawn in each epoch; the other steps are ODE. None is all of them."""
+    shift_interval: Optional[int] = None
+    """Epochs after which MixGRPO's window, num_train_steps neighbouring candidates, moves on by one, up to the last
+    ones. None draws the candidates anew in each epoch."""
     tail_steps: Optional[int] = None
     """Network calls after the last stochastic step, at most, by DPM-Solver++(2M) on a coarser grid (MixGRPO-Flash).
     None keeps the whole schedule there, with Euler's steps."""
@@ -144,6 +147,11 @@ def check(args):
         )
     if train.num_train_steps is not None and not 1 <= train.num_train_steps <= len(steps):
         refuse("train.num_train_steps", train.num_train_steps, f"there are {len(steps)} candidate steps to draw from")
+    if train.shift_interval is not None and train.shift_interval < 1:
+        refuse("train.shift_interval", train.shift_interval, "must be at least 1; MixGRPO has 25")
+    if train.shift_interval is not None and train.num_train_steps is None:
+        remedy = "moves a window of train.num_train_steps steps, which is None; set that too (MixGRPO has 4)"
+        refuse("train.shift_interval", train.shift_interval, remedy)
     earliest = sorted(steps)[(train.num_train_steps or len(steps)) - 1]
     if train.tail_steps is not None and not 1 <= train.tail_steps <= last - earliest:
         remedy = f"the last stochastic step is {earliest} or later, and after it come at most {last - earliest} steps"
@@ -159,10 +167,14 @@ def candidate_steps(train):
 
 
 def drawn_steps(train, epoch):
-    """The stochastic, trained steps of an epoch, decided by (seed, epoch) alone."""
+    """The stochastic, trained steps of an epoch (from 1), decided by (seed, epoch) alone."""
     candidates = candidate_steps(train)
+    count = train.num_train_steps or len(candidates)
+    if train.shift_interval:
+        start = min((epoch - 1) // train.shift_interval, len(candidates) - count)
+        return sorted(candidates)[start : start + count]
     rng = np.random.default_rng([train.seed, epoch])
-    return sorted(rng.choice(candidates, train.num_train_steps or len(candidates), replace=False).tolist())
+    return sorted(rng.choice(candidates, count, replace=False).tolist())
 
 
 def most_steps(train):
@@ -263,7 +275,7 @@ def main():
     checkpoint = common.Checkpoint(run, named, optimizer, reference=reference, ema=ema)
     prompts = common.read_prompts(args.prompts)
     networks = 1 + bool(reference)
-    common.print_plan(run, args, parameters, len(drawn_steps(train, 0)), networks, most_steps(train))
+    common.print_plan(run, args, parameters, len(drawn_steps(train, 1)), networks, most_steps(train))
 
     def evaluate(epoch):
         with ema.loaded() if ema else nullcontext():

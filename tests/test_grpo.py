@@ -182,3 +182,34 @@ def test_drawn_steps():
     assert drawn == [drawn_steps(train, epoch) for epoch in range(1, 60)]  # from (seed, epoch) alone
     assert drawn != [drawn_steps(TrainArgs(train_steps=[1, 2, 3], num_train_steps=1, seed=1), e) for e in range(1, 60)]
     assert drawn_steps(TrainArgs(), 1) == list(range(9)) == grpo.candidate_steps(TrainArgs())
+
+
+@pytest.mark.parametrize("last", [23, 24])
+def test_the_window_slides(last):  # M4: l(i) = min(⌊i / 25⌋, T − w), never empty
+    steps = list(range(last + 1))
+    named = None if last == 23 else steps  # all but the last of T = 25
+    train = TrainArgs(num_inference_steps=25, train_steps=named, num_train_steps=4, shift_interval=25)
+    drawn = [drawn_steps(train, epoch) for epoch in range(1, 1001)]
+    for i, window in enumerate(drawn):
+        start = min(i // 25, last + 1 - 4)
+        assert window == [start, start + 1, start + 2, start + 3]
+    assert drawn[-1][-1] == last
+    others = (dict(seed=1), dict(train_steps=steps[1::2] + steps[::2]))  # the seed has no part in it, nor has the order
+    for other in others:
+        same = TrainArgs(**{**vars(train), **other})
+        assert [drawn_steps(same, epoch) for epoch in range(1, 1001)] == drawn
+
+
+def test_the_window_is_of_neighbouring_candidates():
+    train = TrainArgs(train_steps=[7, 0, 5, 2], num_train_steps=2, shift_interval=1)
+    assert [drawn_steps(train, epoch) for epoch in range(1, 6)] == [[0, 2], [2, 5], [5, 7], [5, 7], [5, 7]]
+    train = TrainArgs(train_steps=[7, 0, 5, 2], num_train_steps=4, shift_interval=1)
+    assert drawn_steps(train, 1) == drawn_steps(train, 9) == [0, 2, 5, 7]
+
+
+@pytest.mark.parametrize("tail", [1, 3, 6])
+@pytest.mark.parametrize("shift_interval", [None, 2])
+def test_the_most_steps_of_an_image(shift_interval, tail):  # M5
+    train = TrainArgs(train_steps=[5, 1, 2], num_train_steps=2, shift_interval=shift_interval, tail_steps=tail)
+    ends = {drawn_steps(train, epoch)[-1] + 1 for epoch in range(1, 60)}
+    assert ends == {3, 6} and grpo.most_steps(train) == max(end + min(tail, 10 - end) for end in ends)

@@ -97,6 +97,18 @@ def test_the_plan_counts_the_calls_of_a_tail(run, monkeypatch):  # M5
             assert {len(tape.outputs) for tape in tapes} == {calls}
 
 
+@pytest.mark.parametrize("script", [grpo, grpo_guard], ids=["grpo", "guard"])
+def test_a_run_with_a_sliding_window(start, monkeypatch, script):  # M4
+    plain, noisy = script.rollout, []
+    monkeypatch.setattr(script, "rollout", lambda *args, **known: noisy.append(args[4]) or plain(*args, **known))
+    options = "--train.max-epochs 3 --train.train-steps 2 0 1 --train.num-train-steps 2 --train.shift-interval 1"
+    folder = start(script, *options.split(), "--train.tail-steps", 2)
+    assert noisy == [[0, 1]] * 2 + [[1, 2]] * 4  # two calls in an epoch
+    plan = (folder / "log.txt").read_text()
+    assert "2 updates over 2 steps each" in plan and "at most 32 network" in plan and ", 16 to train" in plan
+    assert len(read_csv(folder / "metrics.csv")) == 4
+
+
 def test_evaluation_by_the_second_order_solver(make_pipe, call):
     pipe, _ = make_pipe()
     prompts = call()["prompt"]
@@ -188,6 +200,14 @@ REFUSALS = [
     ("--train.tail-steps 2", "train.tail_steps = 2", "step is 2 or later, and after it come at most 1 steps"),
     ("--train.train-steps 2 0 1 --train.num-train-steps 2 --train.tail-steps 3", "train.tail_steps = 3", "at most 2"),
     ("--train.train-steps 3 --train.tail-steps 1", "train.tail_steps = 1", "at most 0 steps"),
+    ("--train.num-train-steps 2 --train.shift-interval 0", "train.shift_interval = 0", "at least 1"),
+    ("--train.num-train-steps 2 --train.shift-interval -25", "train.shift_interval = -25", "at least 1"),
+    ("--train.shift-interval 25", "train.shift_interval = 25", "train.num_train_steps steps, which is None; set that"),
+    (
+        "--train.num-train-steps 2 --train.shift-interval 1 --train.tail-steps 3",
+        "train.tail_steps = 3",
+        "step is 1 or later, and after it come at most 2 steps",
+    ),
     ("--eval.solver Heun", "--eval.solver", "DPM-Solver++"),
     ("--train.noise-level 0", "train.noise_level = 0.0", "above 0"),
     ("--train.per-device-batch-size 3", "train.per_device_batch_size = 3", "2 would"),
