@@ -79,6 +79,9 @@ class TrainArgs:
     """How many of the candidates are drawn in each epoch. None is all of them."""
     nft_beta: float = 1.0
     """β: how far the implicit policies are from the old one. A small β saturates late; the paper has 1 and 0.1."""
+    negative_term: bool = True
+    """Train v⁻, weighted by 1 − r, too. Without it only v⁺, weighted by r, is trained: the ablation in which the paper
+    saw the reward collapse."""
     adv_clip_range: float = 5.0
     """Advantages are clipped to ± this, which makes the optimality r = 1/2 + A / (2 · this)."""
     global_std: bool = True
@@ -203,8 +206,8 @@ def gdpo_advantages(scores, weights, group_size):
     return total / (total.std(correction=0) + 1e-4)
 
 
-def nft_loss(v, v_old, x_t, x0, sigma, advantages, nft_beta, adv_clip_range, self_normalised=True):
-    """The two weighted flow-matching losses of the paper's objective, as regressions of x0.
+def nft_loss(v, v_old, x_t, x0, sigma, advantages, nft_beta, adv_clip_range, self_normalised=True, negative_term=True):
+    """The two weighted flow-matching losses of the paper's objective, or the first alone, as regressions of x0.
 
     v, v_old, x_t, x0: (B, ...); x_t = (1 − sigma) x0 + sigma noise; sigma: a float or (B,); advantages: (B,).
     Returns (loss, metrics).
@@ -224,7 +227,8 @@ def nft_loss(v, v_old, x_t, x0, sigma, advantages, nft_beta, adv_clip_range, sel
 
     positive = x0_loss((1 - nft_beta) * v_old + nft_beta * v)
     negative = x0_loss((1 + nft_beta) * v_old - nft_beta * v)
-    loss = adv_clip_range * ((r * positive + (1 - r) * negative) / nft_beta).mean()
+    weighted = r * positive + (1 - r) * negative if negative_term else r * positive
+    loss = adv_clip_range * (weighted / nft_beta).mean()
     return loss, {
         "policy_loss": loss.detach(),
         "positive_loss": positive.detach().mean(),
@@ -326,8 +330,9 @@ def main():
                         v_ref, _ = replay(pipe, rollouts[i], k, x_t)
                 v, _ = replay(pipe, rollouts[i], k, x_t)
                 loss, terms = nft_loss(
-                    v, v_old, x_t, x0, sigma, advantages[i], train.nft_beta, train.adv_clip_range, train.self_normalised
-                )
+                    v, v_old, x_t, x0, sigma, advantages[i],
+                    train.nft_beta, train.adv_clip_range, train.self_normalised, train.negative_term,
+                )  # fmt: skip
                 update.add(terms)
                 if reference:
                     penalty = ((v.float() - v_ref.float()) ** 2).mean()

@@ -207,6 +207,29 @@ def test_each_error_has_its_own_weight_without_a_gradient():
     assert torch.allclose(*slopes)
 
 
+@pytest.mark.parametrize("self_normalised", [True, False])
+def test_without_the_negative_term(self_normalised):
+    x_t, x0, _, v_old = world()
+    v = (v_old + 0.7).requires_grad_()
+    advantages = torch.linspace(-4, 4, 6, dtype=torch.float64)
+    rest = (v_old, x_t, x0, 0.6, advantages, 0.5, C, self_normalised)
+    (both, metrics), (loss, same_metrics) = nft_loss(v, *rest), nft_loss(v, *rest, negative_term=False)
+    error = x_t - 0.6 * (0.5 * v_old + 0.5 * v) - x0
+    size = error.detach().abs().mean((1, 2, 3)) if self_normalised else 1.0
+    by_hand = C * ((advantages / (2 * C) + 0.5) * ((error**2).mean((1, 2, 3)) / size) / 0.5).mean()
+    assert torch.equal(loss, by_hand)
+    alone, expected, slope = (torch.autograd.grad(value, v)[0] for value in (loss, by_hand, both))
+    assert torch.equal(alone, expected) and (alone - slope).abs().min() > 0
+    assert torch.equal(loss_gradient(v, *rest, negative_term=True), slope)
+    assert (metrics.pop("policy_loss"), same_metrics.pop("policy_loss")) == (both, loss) and metrics == same_metrics
+    # images of no optimality teach nothing, and without an advantage v_old is still left behind
+    worst = (v_old, x_t, x0, 0.6, advantages_of(torch.zeros(6)), 0.5, C, self_normalised)
+    assert (loss_gradient(v, *worst, negative_term=False) == 0).all() and loss_gradient(v, *worst).abs().min() > 0
+    even = (v_old, x_t, x0, 0.6, torch.zeros(6, dtype=torch.float64), 0.5, C, self_normalised)
+    assert loss_gradient(v_old, *even).abs().max() < 1e-15
+    assert loss_gradient(v_old, *even, negative_term=False).abs().max() > 1e-4
+
+
 def test_a_perfect_prediction_is_finite():
     x0, v_target = torch.zeros(2, 4, 3, 3), torch.ones(2, 4, 3, 3)
     v = v_target.clone().requires_grad_()
@@ -265,7 +288,8 @@ def test_decay_of_the_old_policy(settings, values):  # N6
 def test_defaults_are_those_of_the_released_code():
     train = TrainArgs()
     assert (train.nft_beta, train.adv_clip_range, train.kl_beta, train.guidance_scale) == (1, C, 1e-4, 1)
-    assert train.self_normalised and train.global_std and train.off_policy and train.dynamics_type == "ODE"
+    assert train.self_normalised and train.global_std and train.off_policy and train.negative_term
+    assert train.dynamics_type == "ODE"
 
 
 def test_noised_latents():
@@ -492,7 +516,8 @@ def test_a_run_depends_on_the_final_latents_alone(run, monkeypatch):  # N8
     assert not kept and ode == cps
 
 
-def test_what_a_run_trains_on(run, monkeypatch):
+@pytest.mark.parametrize("option", ["", "--train.no-negative-term"])
+def test_what_a_run_trains_on(run, monkeypatch, option):
     seen, tapes = [], []
 
     def watched_loss(*args):
@@ -506,7 +531,8 @@ def test_what_a_run_trains_on(run, monkeypatch):
     monkeypatch.setattr(nft, "nft_loss", watched_loss)
     monkeypatch.setattr(nft, "rollout", watched_rollout)
     few = "--train.max-epochs 1 --train.gradient-step-per-epoch 1 --train.num-inner-epochs 2 --train.train-steps 1 2"
-    run(*few.split(), "--train.nft-beta", 0.5, "--train.adv-clip-range", 3, "--train.no-self-normalised")
+    few = [*few.split(), *option.split()]
+    run(*few, "--train.nft-beta", 0.5, "--train.adv-clip-range", 3, "--train.no-self-normalised")
     assert len(seen) == 2 * 2 * 2  # passes x calls x timesteps
     reward = rewards.make_reward({"jpeg_compressibility": 1.0}, "cpu")
     totals = torch.cat([reward(tape.images, tape.call["prompt"])["total"] for tape in tapes])
@@ -516,7 +542,7 @@ def test_what_a_run_trains_on(run, monkeypatch):
         (tape,) = (i for i, tape in enumerate(tapes) if tape.x0 is x0)
         (k,) = (k for k in (1, 2) if tapes[tape].sigmas[k] == sigma)
         used.add((tape, k))
-        assert rest == [0.5, 3.0, False] and torch.equal(advantages, advantages_of_tapes[tape])
+        assert rest == [0.5, 3.0, False, not option] and torch.equal(advantages, advantages_of_tapes[tape])
         noises += ((x_t - (1 - sigma) * x0) / sigma).unbind()
     assert used == set(itertools.product((0, 1), (1, 2)))
     noises = torch.stack(noises)  # fresh for every image, timestep and pass
