@@ -45,7 +45,6 @@ import numpy as np
 import peft
 import torch
 import torch._dynamo.config
-import torch._inductor.config
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
@@ -245,6 +244,9 @@ class RunArgs:
     """A torch device; auto takes the GPU if there is one."""
     compile: bool = False
     """Compile the denoiser's repeated blocks: a minute at the start, then about twice as fast on a GPU."""
+    cudnn_attention: bool = False
+    """Let torch choose cuDNN's attention, the fastest one on recent GPUs. Its backward pass fails on FLUX (torch 2.11,
+    H200), and is not a number for some masks (github.com/pytorch/pytorch/issues/196678)."""
     offload: bool = False
     """Keep text encoders and VAE on the CPU, each on the device only while it works."""
     vae_tiling: bool = False
@@ -635,6 +637,7 @@ def pick_device(args):
         torch.set_num_threads(args.cpu_threads)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # float32 models use the tensor cores
+        torch.backends.cuda.enable_cudnn_sdp(args.cudnn_attention)
     if device.type == "cuda" and world() > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -806,13 +809,23 @@ def shard_blocks(denoiser, device):
 
 
 def compile_blocks(denoiser):
-    """Compile the blocks that a transformer repeats; those of one kind share their code."""
-    blocks = _blocks(denoiser, "compile")
-    # round where eager rounds, so that the graphs with and without gradients agree: else the ratio is not 1 in bfloat16
-    torch._inductor.config.emulate_precision_casts = True
-    torch._dynamo.config.recompile_limit = 64  # kinds of blocks x shapes x with and without gradients
-    for block in blocks:
+    """Compile the blocks that a transformer repeats; those of one kind share their code.
+
+    What is compiled for gradients rounds in other places than what is compiled without. So sampling runs the code of
+    training too, and forgets the activations after each call of the network: else the ratio is not 1 in bfloat16.
+    """
+    torch._dynamo.config.recompile_limit = 64  # kinds of blocks x shapes
+    for block in _blocks(denoiser, "compile"):
         block.compile(dynamic=False)  # a training call has one shape, and gets the fastest code for it
+    forward = denoiser.forward
+
+    @functools.wraps(forward)
+    def forward_for_gradients(*args, **kwargs):
+        with torch.enable_grad():
+            output = forward(*args, **kwargs)
+        return output if torch.is_grad_enabled() else tree_map_only(torch.Tensor, torch.Tensor.detach, output)
+
+    denoiser.forward = forward_for_gradients
 
 
 def denoisers(pipe):

@@ -35,6 +35,11 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 tokenizer = __import__("tiny_pipelines").tokenizer
 common, grpo = __import__("common"), __import__("grpo")
 
+PROJECTIONS = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+)  # fmt: skip
+"""The layers that Flow-GRPO gives adapters on SD3.5: not those of its second attention, attn2."""
 WORDS = "a red fox asleep under an old apple tree, evening light"
 
 
@@ -118,12 +123,13 @@ class Workload:
         torch.set_default_dtype(torch.float32)
         self.embeddings = {} if text_encoders else self.embeddings
         self.words = "a red circle" if model is shapes else WORDS
-        self.device, self.denoiser = device, self.pipe.transformer
+        self.device, self.denoiser, self.decoding = device, self.pipe.transformer, 0.0
         for module in self.pipe.components.values():
             if isinstance(module, torch.nn.Module):
                 module.to(device).requires_grad_(False).eval()
         self.pipe.set_progress_bar_config(disable=True)
-        args = grpo.Args(finetune_type="full" if model is shapes or shard else "lora")
+        clocked(self.pipe.vae, self, device)
+        args = grpo.Args(finetune_type="full" if model is shapes or shard else "lora", target_modules=PROJECTIONS)
         if shard:
             common.shard_blocks(self.denoiser, device)
         self.parameters = list(common.trainable_parameters(self.pipe, args, 0).values())
@@ -189,6 +195,18 @@ class Workload:
         return forward
 
 
+def clocked(vae, load, device):
+    """Add the seconds that the VAE decodes to load.decoding."""
+    decode = vae.decode
+
+    def clock(*args, **kwargs):
+        seconds, images = timed(lambda: decode(*args, **kwargs), device)
+        load.decoding += seconds
+        return images
+
+    vae.decode = clock
+
+
 def timed(work, device, repeats=1):
     """(median seconds of a call, what the last one returned)."""
     times = []
@@ -229,45 +247,54 @@ def row(*cells):
 
 
 def speed(model, device, args):
-    """The network alone, sampling, and whole epochs of Flow-GRPO and of the mixed setting: eager, then compiled."""
+    """The network, sampling and training by it, and whole epochs of Flow-GRPO and of the mixed setting."""
     load = Workload(model, device)
     if args.checkpointing:
         load.denoiser.enable_gradient_checkpointing()
-    plain = load.arguments(args.batch, args.resolution, args.steps, 1.0)
-    guided = load.arguments(args.batch, args.resolution, args.steps, 4.5)
-    tera, per = load.flops(plain) / 1e12, 1e3 / args.batch
-    print(f"{tera / args.batch:.3g} TFLOP per image and forward; batch {args.batch}, {args.resolution} px")
+    calls = {
+        "without guidance": load.arguments(args.batch, args.resolution, args.steps, 1.0),
+        "guidance 4.5": load.arguments(args.batch, args.resolution, args.steps, 4.5),
+    }
+    tera, per = {name: load.flops(call) / 1e12 for name, call in calls.items()}, 1e3 / args.batch
+    print(
+        f"{tera['without guidance'] / args.batch:.3g} TFLOP per image and forward; {args.batch}, {args.resolution} px"
+    )
     table(
-        "", "forward ms/image", "TFLOP/s", "rollout ms/image", "TFLOP/s", "forward+backward ms/image", "TFLOP/s",
-        "peak GiB", "guided epoch, all steps, ms/image", "with 2 trained steps", "max abs log ratio",
+        "", "", "forward ms/image", "TFLOP/s", "sampling but for the VAE, ms/image", "TFLOP/s", "VAE ms/image",
+        "forward+backward ms/image", "TFLOP/s", "peak GiB", "max abs log ratio",
     )  # fmt: skip
-    every = list(range(args.steps - 1))
+    epochs = []
     for how in args.how.split(","):
         if how == "compiled":
             common.compile_blocks(load.denoiser)
-        started = time.perf_counter()
-        ratios = [load.update(load.sample(plain, [0, 1]))]
-        warm = time.perf_counter() - started
-        forward = load.forward_once(plain)
-        forward()
-        one, _ = timed(forward, device, 10)
-        peak(device)
-        sampling, tape = timed(lambda: load.sample(plain, [0, 1]), device, args.repeats)
-        both, _ = timed(lambda tape=tape: load.update(tape), device, args.repeats)
-        most = peak(device)
-        del tape
-        epochs = []
-        for trained in ([1, 2], every):
-            if how == "compiled":
-                load.update(load.sample(guided, trained[:1]))
-            seconds, ratio = timed(lambda k=trained: load.update(load.sample(guided, k)), device, args.epochs)
-            epochs.append(seconds * per)
-            ratios.append(ratio)
-        row(
-            how, one * per, tera / one, sampling * per, tera * args.steps / sampling, both / 2 * per,
-            6 * tera / both, most, epochs[1], epochs[0], max(ratios),
-        )  # fmt: skip
-        print(f"the first rollout and update took {warm:.0f} s", flush=True)
+        for name, call in calls.items():
+            started = time.perf_counter()
+            ratio = load.update(load.sample(call, [0, 1]))
+            warm = time.perf_counter() - started
+            forward = load.forward_once(call)
+            forward()
+            one, _ = timed(forward, device, 10)
+            peak(device)
+            sampling, decoding = [], []
+            for _ in range(args.repeats):
+                load.decoding = 0.0
+                seconds, tape = timed(lambda call=call: load.sample(call, [0, 1]), device)
+                sampling.append(seconds - load.decoding)
+                decoding.append(load.decoding)
+            both, _ = timed(lambda tape=tape: load.update(tape), device, args.repeats)
+            del tape
+            row(
+                how, name, one * per, tera[name] / one, statistics.median(sampling) * per,
+                tera[name] * args.steps / statistics.median(sampling), statistics.median(decoding) * per,
+                both / 2 * per, 6 * tera[name] / both, peak(device), ratio,
+            )  # fmt: skip
+            print(f"the first rollout and update took {warm:.0f} s", flush=True)
+        for trained in (range(args.steps - 1), [1, 2]):
+            seconds, _ = timed(lambda c=call, k=trained: load.update(load.sample(c, list(k))), device, args.epochs)
+            epochs.append((how, len(trained), seconds * per))
+    table("", "trained steps", "guided epoch, ms/image")
+    for cells in epochs:
+        row(*cells)
 
 
 def memory(model, device, args):
@@ -417,14 +444,15 @@ def main():
     parser.add_argument("--shard", action="store_true", help="full, sharded fine-tuning in --mode ranks")
     parser.add_argument("--how", default="eager,compiled")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--cudnn-attention", action="store_true", help="as of the scripts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.resolution = args.resolution or (32 if args.model == "shapes" else 512)
-    device = common.pick_device(grpo.Args(device=args.device))
+    device = common.pick_device(grpo.Args(device=args.device, cudnn_attention=args.cudnn_attention))
     if common.rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+        print(f"cuDNN attention: {args.cudnn_attention}")
     else:
         torch.set_num_threads(1)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, one thread"
