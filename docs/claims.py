@@ -1,0 +1,388 @@
+"""The runs behind docs/results.md: what the papers claim, on the embedded model.
+
+    python docs/claims.py list                        the runs of each claim
+    python docs/claims.py show grpo-s0                the command of one run
+    python docs/claims.py run grpo-s0 nft             some runs: by name, without the seed, by claim (4), or all
+    python docs/claims.py table                       the tables of docs/results.md, from docs/results/claims/
+
+A run is its script with the flags that `show` prints, then four evaluations of its last weights on the held-out
+prompts (10 and 40 steps, without guidance and with 3). `run --parallel 16 --gpus 2` does many at once on the GPUs; a
+run that is finished is not repeated; what is cut off by `--seconds` begins anew. A run leaves NAME.csv, which is its
+metrics.csv, and a row of finals.csv for each evaluation, in docs/results/claims/.
+"""
+
+import argparse
+import csv
+import multiprocessing
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+KEPT = HERE / "results" / "claims"
+SEEDS = (0, 1, 2)
+
+# Common to all: 48 prompts x 24 = 1152 images an epoch, 30 epochs, full fine-tuning from the same base model without
+# guidance, evaluated every 2 epochs on 96 held-out prompts x 4.
+WORLD = {
+    "train.unique_sample_num_per_epoch": 48, "train.group_size": 24, "train.max_epochs": 30,
+    "eval.images_per_prompt": 4, "eval.per_device_batch_size": 384, "eval.eval_freq": 2, "checkpoint_freq": 1000,
+}  # fmt: skip
+POLICY_GRADIENT = {"train.train_steps": None, "train.num_train_steps": 4}
+SCRIPTS = {
+    "grpo": POLICY_GRADIENT | {
+        "train.per_device_batch_size": 1152, "train.gradient_step_per_epoch": 1,
+        "train.learning_rate": 2e-4, "train.clip_range": 1e-4,
+    },
+    "grpo_guard": POLICY_GRADIENT | {
+        "train.per_device_batch_size": 576, "train.gradient_step_per_epoch": 2,
+        "train.learning_rate": 1e-4, "train.clip_range": 3e-5,
+    },
+    "nft": {"train.per_device_batch_size": 288, "train.num_train_steps": 6},
+}  # fmt: skip
+
+
+def run(script, **changes):
+    """(script, {dotted key: value}) of a run; a change without a dot is one of train."""
+    changes = {key.replace("eval_", "eval.") if key.startswith("eval_") else key: v for key, v in changes.items()}
+    changes = {key if "." in key or key in TOP else f"train.{key}": v for key, v in changes.items()}
+    return script, WORLD | SCRIPTS[script] | changes
+
+
+TOP = ("reward", "finetune_type", "lora_rank", "lora_alpha")
+# {claim: {name: run}}; a name stands for its three seeds, and a run may serve several claims
+CLAIMS = {
+    "1 Flow-GRPO": {
+        "grpo": run("grpo"),
+        "grpo-noise.1": run("grpo", noise_level=0.1),
+        "grpo-noise.4": run("grpo", noise_level=0.4),
+        "grpo-noise1": run("grpo", noise_level=1.0),
+        "grpo-group4": run("grpo", group_size=4, unique_sample_num_per_epoch=288),
+        "grpo-group8": run("grpo", group_size=8, unique_sample_num_per_epoch=144),
+        "grpo-group16": run("grpo", group_size=16, unique_sample_num_per_epoch=72),
+    },
+    "2 KL": {  # (h (1 + a²/2))² of the first nine steps is 0.0267 on average, so 37.5 times the beta is as strong
+        "grpo": run("grpo"),
+        "grpo-kl-v.01": run("grpo", kl_beta=0.01),
+        "grpo-kl-v.04": run("grpo", kl_beta=0.04),
+        "grpo-kl-x.375": run("grpo", kl_beta=0.375, kl_type="x-based"),
+        "grpo-kl-x1.5": run("grpo", kl_beta=1.5, kl_type="x-based"),
+    },
+    "3 DanceGRPO": {
+        "grpo": run("grpo"),
+        "grpo-same": run("grpo", same_init_noise=True),
+        "dance.3": run("grpo", dynamics_type="Dance-SDE", noise_level=0.3),
+        "dance.3-same": run("grpo", dynamics_type="Dance-SDE", noise_level=0.3, same_init_noise=True),
+        "dance.7": run("grpo", dynamics_type="Dance-SDE", noise_level=0.7),
+    },
+    "4 MixGRPO": {
+        "mix1": run("grpo", num_train_steps=1),
+        "mix2": run("grpo", num_train_steps=2),
+        "grpo": run("grpo"),
+        "mix9": run("grpo", num_train_steps=None),
+        "mix2-early": run("grpo", num_train_steps=2, train_steps=[0, 1, 2]),
+        "mix2-middle": run("grpo", num_train_steps=2, train_steps=[3, 4, 5]),
+        "mix2-late": run("grpo", num_train_steps=2, train_steps=[6, 7, 8]),
+        "mix2-sliding": run("grpo", num_train_steps=2, shift_interval=4),
+    },
+    "5 TempFlow-GRPO": {
+        "grpo": run("grpo"),
+        "grpo-noise-aware": run("grpo", loss_weighting="noise-aware"),
+        "mix1": run("grpo", num_train_steps=1),
+        "branch": run("grpo", num_train_steps=1, same_init_noise=True),
+        "branch-noise-aware": run("grpo", num_train_steps=1, same_init_noise=True, loss_weighting="noise-aware"),
+    },
+    "6 GRPO-Guard": {
+        "grpo": run("grpo"),
+        "guard": run("grpo_guard"),
+        "guard-plain": run("grpo_guard", reweight=False),
+        **{
+            f"{name}-proxy": run(
+                script, reward={"docs/proxy.py:colour": 1}, eval_reward={"shapes": 1}, max_epochs=60, **changes
+            )
+            for name, script, changes in [
+                ("grpo", "grpo", {}),
+                ("grpo-kl", "grpo", {"kl_beta": 0.04}),
+                ("guard", "grpo_guard", {}),
+            ]
+        },
+    },
+    "7 CPS": {
+        "grpo": run("grpo"),
+        "cps": run("grpo", dynamics_type="CPS", noise_level=0.8),
+        "grpo-T6": run("grpo", num_inference_steps=6),
+        "cps-T6": run("grpo", num_inference_steps=6, dynamics_type="CPS", noise_level=0.8),
+        "grpo-T4": run("grpo", num_inference_steps=4, num_train_steps=3),
+        "cps-T4": run("grpo", num_inference_steps=4, num_train_steps=3, dynamics_type="CPS", noise_level=0.8),
+    },
+    "8 PaCo-RL": {
+        "paco-32": run("grpo", eval_resolution=64),
+        "paco-64": run("grpo", eval_resolution=64, resolution=64),
+    },
+    "9 DiffusionNFT": {
+        "grpo": run("grpo"),
+        "nft": run("nft"),
+        "nft-cps": run("nft", dynamics_type="CPS", noise_level=0.8),
+        "nft-flow": run("nft", dynamics_type="Flow-SDE", noise_level=0.7),
+        "nft-beta.1": run("nft", nft_beta=0.1),
+        "nft-positive": run("nft", negative_term=False),
+        "nft-decay.5": run("nft", old_decay_slope=0.001, old_decay_max=0.5),
+    },
+    "10 the rest": {
+        "grpo": run("grpo"),
+        "grpo-global-std": run("grpo", global_std=True),
+        "grpo-ema": run("grpo", ema_decay=0.9, ema_update_interval=1),
+        "grpo-two-updates": run("grpo", per_device_batch_size=576, gradient_step_per_epoch=2),
+        "grpo-lora": run("grpo", finetune_type="lora", learning_rate=2e-3),
+    },
+    "0.95": {
+        "grpo-long": run("grpo", max_epochs=120),
+        "guard-long": run("grpo_guard", max_epochs=120),
+        "nft-long": run("nft", max_epochs=60),
+    },
+}
+RUNS = {f"{name}-s{seed}": runs[name] for runs in CLAIMS.values() for name in runs for seed in SEEDS}
+FINALS = [(steps, guidance) for steps in (10, 40) for guidance in (1.0, 3.0)]
+
+
+def command(name, out):
+    """The command line of a run, as a list."""
+    script, settings = RUNS[name]
+    settings = settings | {"train.seed": int(name[-1])}
+    words = [f"{script}.py", "--run-name", name, "--output-dir", str(out)]
+    for key, value in settings.items():
+        flag = "--" + key.replace("_", "-")
+        if isinstance(value, bool):
+            head, _, last = flag.rpartition(".")
+            words.append(flag if value else f"{head}.no-{last}")
+        elif isinstance(value, dict):
+            words += [flag, *(f"{k}={v}" for k, v in value.items())]
+        else:
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def chosen(words):
+    """Names of runs, in the order of CLAIMS, from names, names without seed, numbers of claims, or all."""
+    names = {}
+    for word in words:
+        found = [n for c, runs in CLAIMS.items() if word in ("all", c.split()[0]) for r in runs for n in seeds_of(r)]
+        found = found or [n for n in RUNS if word in (n, n[:-3])]
+        if not found:
+            sys.exit(f"error: {word!r} is no run, no claim and not all; see `python docs/claims.py list`")
+        names |= dict.fromkeys(found)
+    return list(names)
+
+
+def seeds_of(name):
+    return [f"{name}-s{seed}" for seed in SEEDS]
+
+
+def run_all(args):
+    """Run what was chosen and is not done, `--parallel` at a time, and keep what each leaves."""
+    started, out = time.time(), Path(args.out)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    names = [name for name in chosen(args.names) if not (KEPT / f"{name}.csv").exists()]
+    numbers, one_at_a_time, running = iter(range(10**6)), threading.Lock(), {}
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")[: args.gpus]
+    spawn = multiprocessing.get_context("spawn")
+    free = spawn.Queue()
+    for number in range(max(1, 2 * len(gpus))):
+        free.put(gpus[number % len(gpus)] if gpus else None)
+    evaluators = ProcessPoolExecutor(max(1, 2 * len(gpus)), spawn, see_gpu, (free,))
+
+    def one(name):
+        if left() < 0:
+            return
+        folder = out / name
+        shutil.rmtree(folder, ignore_errors=True)
+        env = dict(os.environ, OMP_NUM_THREADS="1")
+        if gpus:
+            env["CUDA_VISIBLE_DEVICES"] = gpus[next(numbers) % len(gpus)]
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / f"{name}.log", "w") as log:
+            line = [sys.executable, *command(name, out)]
+            running[name] = subprocess.Popen(line, cwd=HERE.parent, stdout=log, stderr=log, env=env)
+            code = running[name].wait()
+            del running[name]
+        if code:
+            last = (out / f"{name}.log").read_text().strip().splitlines()[-1:]
+            return print(f"{time.time() - started:5.0f} s  {name}: exit status {code}: {last}", flush=True)
+        rows = evaluators.submit(final_rows, name, folder).result()
+        with one_at_a_time:
+            keep(name, folder, rows)
+        accuracy = ", ".join(f"{row['accuracy']:.3f}" for row in rows)
+        print(f"{time.time() - started:5.0f} s  {name}: {accuracy}", flush=True)
+
+    def left():
+        return args.seconds - (time.time() - started)
+
+    def end():
+        while left() > 0 and not over.wait(1):
+            pass
+        for process in list(running.values()):
+            process.kill()
+
+    over = threading.Event()
+    threading.Thread(target=end, daemon=True).start()
+    with ThreadPoolExecutor(args.parallel) as pool:
+        for future in [pool.submit(one, name) for name in names]:
+            future.result()
+    over.set()
+    evaluators.shutdown()
+
+
+def see_gpu(free):
+    """Give a process that evaluates one GPU of those that are free."""
+    gpu = free.get()
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+
+
+def final_rows(name, folder):
+    """Four evaluations of a run's last weights: rows of finals.csv."""
+    sys.path[:0] = [path for path in (str(HERE.parent),) if path not in sys.path]
+    import torch
+    from safetensors.torch import load_file
+
+    import common
+    import rewards
+    from shapes import world
+
+    script, settings = RUNS[name]
+    resolution = settings.get("eval.resolution", 32)
+    module = __import__(script)
+    device = common.pick_device(module.Args())
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    pipe = common.load_pipeline(module.Args.model, device, torch.float32)
+    if settings.get("finetune_type") == "lora":
+        pipe.load_lora_weights(str(folder / "lora"))
+    else:
+        pipe.transformer.load_state_dict(load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors"))
+    reward, _ = rewards.make_rewards({"shapes": 1.0}, {}, device, {})
+    prompts = common.read_prompts(str(HERE.parent / "shapes" / "prompts" / "eval.txt"))
+    rows = []
+    for steps, guidance in FINALS:
+        evaluation = common.EvalArgs(
+            images_per_prompt=4, resolution=resolution, num_inference_steps=steps, guidance_scale=guidance,
+            per_device_batch_size=384 if device.type == "cuda" else 64,
+        )  # fmt: skip
+        args = module.Args(eval=evaluation, call={"max_sequence_length": 1})
+        asked, scores, looks, _ = common.evaluate(pipe, args, prompts, reward)
+        kinds = {}
+        for prompt, score in zip(asked, scores["shapes"].tolist(), strict=True):
+            kinds.setdefault(world.kind(prompt), []).append(score)
+        rows.append(
+            {"run": name, "steps": steps, "guidance": guidance, "accuracy": scores["shapes"].mean().item()}
+            | {of: statistics.mean(right) for of, right in sorted(kinds.items())}
+            | looks
+        )
+    return rows
+
+
+def keep(name, folder, rows):
+    """Copy what docs/results.md quotes from a run's folder, and add its evaluations to finals.csv."""
+    table = KEPT / "finals.csv"
+    old = []
+    if table.exists():
+        with open(table, newline="") as file:
+            old = [row for row in csv.DictReader(file) if row["run"] != name]
+    new = [{key: f"{v:.5g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows]
+    with open(table, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(new[0]), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(old + new, key=lambda row: (row["run"], int(row["steps"]), float(row["guidance"]))))
+    newest = sorted((folder / "images").glob("epoch_*.png"))[-1]
+    shutil.copy(newest, folder / "last.png")
+    shutil.copy(folder / "metrics.csv", KEPT / f"{name}.csv")
+
+
+def evaluations(name, column="eval/total"):
+    """{epoch: value} of a column in a kept metrics.csv."""
+    with open(KEPT / f"{name}.csv", newline="") as file:
+        return {int(row["epoch"]): float(row[column]) for row in csv.DictReader(file) if row.get(column)}
+
+
+def finals(name):
+    """{(steps, guidance): row} of a run."""
+    with open(KEPT / "finals.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["run"] == name]
+    return {(int(row["steps"]), float(row["guidance"])): row for row in rows}
+
+
+def spread(values):
+    """The mean of some seeds, and how far they are apart."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "–"
+    return f"{statistics.mean(values):.3f}" + (f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else "")
+
+
+def passes(name):
+    """(network calls to sample an image, to train on it); a call with gradients is one."""
+    _, settings = RUNS[name]
+    steps = settings.get("train.num_inference_steps", 10)
+    trained = settings.get("train.num_train_steps") or steps - 1
+    networks = 2 + 1 if name.startswith("nft") else 1 + (settings.get("train.kl_beta", 0) > 0)
+    return steps, trained * networks
+
+
+def tables(args):
+    """One table for each claim; accuracy is the mean of the seeds, and ± half of their range."""
+    for claim, runs in CLAIMS.items():
+        print(f"\n### {claim}\n")
+        last = max(settings["train.max_epochs"] for _, settings in runs.values())
+        epochs = [epoch for epoch in (4, 10, 20, 30, 60, 120) if epoch <= last]
+        head = ["run", "seeds", "calls", *(f"{epoch} epochs" for epoch in epochs)]
+        head += [f"{steps} steps" + (f", guidance {guidance:g}" if guidance > 1 else "") for steps, guidance in FINALS]
+        head += ["spread in groups", "s an epoch"]
+        print("|", " | ".join(head), "|\n|" + "---|" * len(head))
+        for name in runs:
+            done = [seed for seed in seeds_of(name) if (KEPT / f"{seed}.csv").exists()]
+            if not done:
+                continue
+            curves, ends = [evaluations(seed) for seed in done], [finals(seed) for seed in done]
+            seconds = [list(evaluations(seed, "seconds").values()) for seed in done]
+            cells = [f"`{name}`", len(done), "{} + {}".format(*passes(done[0]))]
+            cells += [spread([curve.get(epoch) for curve in curves]) for epoch in epochs]
+            cells += [spread([float(end[how]["accuracy"]) for end in ends]) for how in FINALS]
+            cells += [f"{statistics.mean(float(end[10, 1.0]['group_spread']) for end in ends):.3f}"]
+            cells += [f"{statistics.median((s[-1] - s[0]) / (len(s) - 1) for s in seconds):.1f}"]
+            print("|", " | ".join(map(str, cells)), "|")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(required=True)
+    verbs.add_parser("list").set_defaults(do=lambda args: print_list())
+    show = verbs.add_parser("show")
+    show.add_argument("names", nargs="+")
+    show.set_defaults(do=lambda args: [print("python", shlex.join(command(n, args.out))) for n in chosen(args.names)])
+    runs = verbs.add_parser("run")
+    runs.add_argument("names", nargs="+")
+    runs.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    runs.add_argument("--gpus", type=int, default=0, help="share the runs out to so many GPUs")
+    runs.add_argument("--seconds", type=float, default=float("inf"), help="end what still runs then")
+    runs.set_defaults(do=run_all)
+    for verb in (show, runs):
+        verb.add_argument("--out", default="runs/claims")
+    verbs.add_parser("table").set_defaults(do=tables)
+    args = parser.parse_args()
+    args.do(args)
+
+
+def print_list():
+    for claim, runs in CLAIMS.items():
+        print(f"{claim}\n    {' '.join(runs)}")
+
+
+if __name__ == "__main__":
+    main()
