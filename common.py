@@ -244,9 +244,6 @@ class RunArgs:
     """A torch device; auto takes the GPU if there is one."""
     compile: bool = False
     """Compile the denoiser's repeated blocks: a minute at the start, then about twice as fast on a GPU."""
-    cudnn_attention: bool = False
-    """Let torch choose cuDNN's attention, the fastest one on recent GPUs. Its backward pass fails on FLUX (torch 2.11,
-    H200), and is not a number for some masks (github.com/pytorch/pytorch/issues/196678)."""
     offload: bool = False
     """Keep text encoders and VAE on the CPU, each on the device only while it works."""
     vae_tiling: bool = False
@@ -637,7 +634,9 @@ def pick_device(args):
         torch.set_num_threads(args.cpu_threads)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # float32 models use the tensor cores
-        torch.backends.cuda.enable_cudnn_sdp(args.cudnn_attention)
+        # torch prefers cuDNN's attention, whose backward pass fails on FLUX (an illegal memory access; torch 2.11, H200)
+        # and gives NaN under some masks (pytorch issue 196678); the next in line was as fast
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cuda" and world() > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -678,7 +677,17 @@ def load_pipeline(model, device, dtype, offload=False) -> DiffusionPipeline:
     pipe.set_progress_bar_config(disable=True)
     for module in _modules(pipe):
         module.requires_grad_(False)
+    pipe.__class__ = _settled(type(pipe))
     return pipe
+
+
+@functools.cache
+def _settled(cls):
+    """A pipeline that stays on its device: diffusers goes through all modules, in every call, to find out which."""
+    device = functools.cached_property(cls._execution_device.fget)
+    settled = type(cls.__name__, (cls,), {"_execution_device": device, "__module__": cls.__module__})
+    device.__set_name__(settled, "_execution_device")
+    return settled
 
 
 def let_visit(pipe, device):
@@ -839,9 +848,10 @@ def _modules(pipe):
 
 def autocast(pipe):
     """The arithmetic of the pipeline: autocast where float32 parameters are trained in a half-precision model."""
-    half = {p.dtype for m in _modules(pipe) for p in m.parameters()} & {torch.bfloat16, torch.float16}
+    halves = (p.dtype for m in _modules(pipe) for p in m.parameters() if p.dtype in (torch.bfloat16, torch.float16))
     full = any(p.requires_grad and p.dtype == torch.float32 for m in denoisers(pipe).values() for p in m.parameters())
-    return torch.autocast(pipe._execution_device.type, dtype=half.pop()) if half and full else nullcontext()
+    half = next(halves, None) if full else None
+    return torch.autocast(pipe._execution_device.type, dtype=half) if half else nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

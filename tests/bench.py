@@ -128,6 +128,7 @@ class Workload:
             if isinstance(module, torch.nn.Module):
                 module.to(device).requires_grad_(False).eval()
         self.pipe.set_progress_bar_config(disable=True)
+        self.pipe.__class__ = common._settled(type(self.pipe))
         clocked(self.pipe.vae, self, device)
         args = grpo.Args(finetune_type="full" if model is shapes or shard else "lora", target_modules=PROJECTIONS)
         if shard:
@@ -313,11 +314,16 @@ def memory(model, device, args):
         update, _ = timed(lambda: load.update(tape), device)
         return most, peak(device), sampling / batch, update / batch
 
-    for options in ((), ("checkpointing",), ("offload", "checkpointing"), ("offload",)):
+    base = ("offload", "checkpointing")
+    for options in ((), ("checkpointing",), base, (*base, "VAE slicing"), (*base, "VAE tiling"), ("offload",)):
         if "offload" in options and not hasattr(load.pipe.vae, "_hf_hook"):
             common.let_visit(load.pipe, device)
-        (load.denoiser.enable_gradient_checkpointing if "checkpointing" in options
-         else load.denoiser.disable_gradient_checkpointing)()  # fmt: skip
+        for option, owner, name in (
+            ("checkpointing", load.denoiser, "gradient_checkpointing"),
+            ("VAE slicing", load.pipe.vae, "slicing"),
+            ("VAE tiling", load.pipe.vae, "tiling"),
+        ):
+            getattr(owner, f"{'enable' if option in options else 'disable'}_{name}")()
         for resolution, batch in ((512, 16), (512, 4), (1024, 4), (1024, 1)):
             try:
                 figures = measure(resolution, batch)
@@ -444,16 +450,13 @@ def main():
     parser.add_argument("--shard", action="store_true", help="full, sharded fine-tuning in --mode ranks")
     parser.add_argument("--how", default="eager,compiled")
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--cudnn-attention", action="store_true", help="as of the scripts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.resolution = args.resolution or (32 if args.model == "shapes" else 512)
-    device = common.pick_device(grpo.Args(device=args.device, cudnn_attention=args.cudnn_attention))
+    device = common.pick_device(grpo.Args(device=args.device))
     if common.rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    if device.type == "cuda":
-        print(f"cuDNN attention: {args.cudnn_attention}")
-    else:
+    if device.type == "cpu":
         torch.set_num_threads(1)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, one thread"
     print(f"{args.model} on {machine}, torch {torch.__version__}, diffusers {diffusers.__version__}", flush=True)

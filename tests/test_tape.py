@@ -46,6 +46,15 @@ def test_gradient_checkpointing_keeps_the_replay_exact(make_pipe, call):
     assert any(p.grad is not None and p.grad.norm() > 0 for p in parameters.values())
 
 
+def test_diffusers_looks_for_the_device_once(make_pipe, call, monkeypatch):
+    """It goes through all modules for it, in each call: 0.1 s in one of SD3.5, on the CPU, while the GPU waits."""
+    pipe, _ = make_pipe()
+    assert pipe._execution_device == torch.device("cpu") and type(pipe).__name__ == "StableDiffusion3Pipeline"
+    monkeypatch.setattr("diffusers.hooks.group_offloading._get_group_onload_device", lambda module: 1 / 0)
+    tape = rollout(pipe, call(), "Flow-SDE", 0.7, [2], sde_noise())
+    assert torch.equal(replay(pipe, tape, 2)[1].log_prob, tape.steps[2].log_prob)
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ode_rollout_is_the_plain_pipeline(make_pipe, call, dtype, guidance_scale):
