@@ -634,7 +634,7 @@ def pick_device(args):
         torch.set_num_threads(args.cpu_threads)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # float32 models use the tensor cores
-        # torch prefers cuDNN's attention, whose backward pass fails on FLUX (an illegal memory access; torch 2.11, H200)
+        # torch prefers cuDNN's attention, whose backward pass fails on FLUX (illegal memory access; torch 2.11, H200)
         # and gives NaN under some masks (pytorch issue 196678); the next in line was as fast
         torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cuda" and world() > 1:
