@@ -190,6 +190,7 @@ def run_all(args):
     started, out = time.time(), Path(args.out)
     KEPT.mkdir(parents=True, exist_ok=True)
     names = [name for name in chosen(args.names) if not (KEPT / f"{name}.csv").exists()]
+    names.sort(key=lambda name: -RUNS[name][1]["train.max_epochs"] * forwards(name))  # the longest first
     numbers, one_at_a_time, running = iter(range(10**6)), threading.Lock(), {}
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")[: args.gpus]
     spawn = multiprocessing.get_context("spawn")
@@ -305,10 +306,10 @@ def keep(name, folder, rows):
     shutil.copy(folder / "metrics.csv", KEPT / f"{name}.csv")
 
 
-def evaluations(name, column="eval/total"):
+def evaluations(name, column="eval/total", by="epoch"):
     """{epoch: value} of a column in a kept metrics.csv."""
     with open(KEPT / f"{name}.csv", newline="") as file:
-        return {int(row["epoch"]): float(row[column]) for row in csv.DictReader(file) if row.get(column)}
+        return {int(row[by]): float(row[column]) for row in csv.DictReader(file) if row.get(column)}
 
 
 def finals(name):
@@ -318,21 +319,31 @@ def finals(name):
     return {(int(row["steps"]), float(row["guidance"])): row for row in rows}
 
 
-def spread(values):
-    """The mean of some seeds, and how far they are apart."""
+def spread(values, digits=3):
+    """The mean of some seeds, and half of their range."""
     values = [value for value in values if value is not None]
     if not values:
         return "–"
-    return f"{statistics.mean(values):.3f}" + (f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else "")
+    half = (max(values) - min(values)) / 2
+    return f"{statistics.mean(values):.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
 
 
-def passes(name):
-    """(network calls to sample an image, to train on it); a call with gradients is one."""
-    _, settings = RUNS[name]
+def forwards(name):
+    """What an image costs, in forward passes: its sampling, and its training, where a backward pass counts as two."""
+    script, settings = RUNS[name]
     steps = settings.get("train.num_inference_steps", 10)
-    trained = settings.get("train.num_train_steps") or steps - 1
-    networks = 2 + 1 if name.startswith("nft") else 1 + (settings.get("train.kl_beta", 0) > 0)
-    return steps, trained * networks
+    trained = settings["train.num_train_steps"] or steps - 1
+    others = 2 if script == "nft" else int(settings.get("train.kl_beta", 0) > 0)  # old policy and base model
+    return steps + trained * (3 + others)
+
+
+def images_to(accuracy, name):
+    """Images until an evaluation has that accuracy, between two evaluations by a straight line; None if none has."""
+    before = (0, 0.0)
+    for images, value in evaluations(name, by="images").items():
+        if value >= accuracy:
+            return before[0] + (images - before[0]) * (accuracy - before[1]) / (value - before[1])
+        before = images, value
 
 
 def tables(args):
@@ -341,21 +352,29 @@ def tables(args):
         print(f"\n### {claim}\n")
         last = max(settings["train.max_epochs"] for _, settings in runs.values())
         epochs = [epoch for epoch in (4, 10, 20, 30, 60, 120) if epoch <= last]
-        head = ["run", "seeds", "calls", *(f"{epoch} epochs" for epoch in epochs)]
-        head += [f"{steps} steps" + (f", guidance {guidance:g}" if guidance > 1 else "") for steps, guidance in FINALS]
-        head += ["spread in groups", "s an epoch"]
+        head = ["run", "seeds", *(f"{epoch} epochs" for epoch in epochs), "1000 images to .80", "million forwards"]
+        head += [
+            f"at last, {steps} steps" + f", guidance {guidance:g}" * (guidance > 1) for steps, guidance in FINALS[1:]
+        ]
+        head += ["spread in groups"]
         print("|", " | ".join(head), "|\n|" + "---|" * len(head))
         for name in runs:
             done = [seed for seed in seeds_of(name) if (KEPT / f"{seed}.csv").exists()]
             if not done:
                 continue
             curves, ends = [evaluations(seed) for seed in done], [finals(seed) for seed in done]
-            seconds = [list(evaluations(seed, "seconds").values()) for seed in done]
-            cells = [f"`{name}`", len(done), "{} + {}".format(*passes(done[0]))]
+            cells = [f"`{name}`", len(done)]
             cells += [spread([curve.get(epoch) for curve in curves]) for epoch in epochs]
-            cells += [spread([float(end[how]["accuracy"]) for end in ends]) for how in FINALS]
+            images = [images_to(0.8, seed) for seed in done]
+            if None in images:
+                cells += ["–", "–"]
+            else:
+                cells += [
+                    spread([n / 1000 for n in images], 1),
+                    spread([n * forwards(done[0]) / 1e6 for n in images], 2),
+                ]
+            cells += [spread([float(end[how]["accuracy"]) for end in ends]) for how in FINALS[1:]]
             cells += [f"{statistics.mean(float(end[10, 1.0]['group_spread']) for end in ends):.3f}"]
-            cells += [f"{statistics.median((s[-1] - s[0]) / (len(s) - 1) for s in seconds):.1f}"]
             print("|", " | ".join(map(str, cells)), "|")
 
 
