@@ -684,7 +684,7 @@ def load_pipeline(model, device, dtype, offload=False) -> DiffusionPipeline:
 @functools.cache
 def _settled(cls):
     """A pipeline that stays on its device: diffusers goes through all modules, in every call, to find out which."""
-    device = functools.cached_property(cls._execution_device.fget)
+    device = functools.cached_property(DiffusionPipeline._execution_device.fget)
     settled = type(cls.__name__, (cls,), {"_execution_device": device, "__module__": cls.__module__})
     device.__set_name__(settled, "_execution_device")
     return settled
