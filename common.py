@@ -243,7 +243,8 @@ class RunArgs:
     device: str = "auto"
     """A torch device; auto takes the GPU if there is one."""
     compile: bool = False
-    """Compile the denoiser's repeated blocks: a minute at the start, then about twice as fast on a GPU."""
+    """Compile the denoiser's repeated blocks: a minute at the start, then 1.4 to 2 times as fast on a GPU. Each call of
+    the network takes the memory of one in training then; train.enable_gradient_checkpointing lowers that too."""
     offload: bool = False
     """Keep text encoders and VAE on the CPU, each on the device only while it works."""
     vae_tiling: bool = False
@@ -988,7 +989,7 @@ class _Recorder:
             answer = next(self.ahead.answers[name]) if self.skipping else method(*args, **kwargs)
         finally:
             self.inside = False
-        self.tape.answers[name].append(answer)
+        self.tape.answers[name].append(tree_map_only(torch.Tensor, _once, answer))
         return _copy(answer)
 
     def denoiser(self, forward, *args, **kwargs):
@@ -1206,6 +1207,12 @@ def _listening(cls):
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
 
 
+def _once(tensor):
+    """Equal rows, such as the embeddings of one prompt for its images, in the memory of one of them."""
+    alike = tensor.ndim > 1 and len(tensor) > 1 and torch.equal(tensor, tensor[:1].expand_as(tensor))
+    return tensor[:1].clone().expand_as(tensor) if alike else tensor
+
+
 def _copy(tree):
     """A copy of nested arguments or results: some pipelines write into the lists and tensors that they are given."""
     if isinstance(tree, torch.Tensor):
@@ -1376,20 +1383,42 @@ def silent_groups(totals, group_size):
     return (groups == groups[:, :1]).all(dim=1)
 
 
-def group_metrics(rollouts, totals, group_size):
+def contrast(images):
+    """{"contrast": (N,)}: std of the pixels of an image. images: (N, ...)."""
+    return {"contrast": images.flatten(1).std(dim=1)}
+
+
+class Looks:
+    """How images look, one by one and in groups; what is kept of them is the group that is not whole yet."""
+
+    def __init__(self, group_size, statistics=contrast):
+        self.group_size, self.statistics = group_size, statistics
+        self.columns, self.begun = defaultdict(list), []
+
+    def add(self, images):
+        """images: (B, ...) float, in the order of the groups."""
+        for name, values in self.statistics(images).items():
+            self.columns[name].append(values)
+        self.begun.extend(images)
+        while self.group_size > 1 and len(self.begun) >= self.group_size:
+            group, self.begun = torch.stack(self.begun[: self.group_size]), self.begun[self.group_size :]
+            self.columns["group_spread"].append(group.std(dim=0).mean()[None])
+
+    def means(self):
+        """{"name": mean} of all processes: the statistics, and group_spread, a pixel's std over its group, averaged."""
+        columns = gather_rows({name: torch.cat(values) for name, values in self.columns.items()})
+        return {name: values.mean() for name, values in columns.items()}
+
+
+def group_metrics(looks, totals, group_size):
     """What shows a run going wrong before its reward does: silent groups, and images growing alike.
 
-    rollouts: of this process; totals: (N,) of the epoch. All that is returned is of the epoch.
-    zero_std: share of groups whose rewards are all equal. contrast: std of the pixels of an image. group_spread: std
-    of a pixel over a group, averaged.
+    looks: of this process; totals: (N,) of the epoch. zero_std: share of groups whose rewards are all equal.
     """
-    images = torch.cat([tape.images.float() for tape in rollouts])
-    groups = images.reshape(-1, group_size, *images.shape[1:])
-    spread = {"contrast": images.flatten(1).std(dim=1), "group_spread": groups.std(dim=1).flatten(1).mean(dim=1)}
     return {
         "reward_std": totals.reshape(-1, group_size).std(dim=1, correction=0).mean(),
         "zero_std": silent_groups(totals, group_size).float().mean(),
-        **{name: value.mean() for name, value in gather_rows(spread).items()},
+        **looks.means(),
     }
 
 
@@ -1458,8 +1487,7 @@ def evaluate(pipe, args, prompts, reward):
     prompts = [prompt for prompt in prompts for _ in range(each)]
     noise = generators(*((args.eval.seed, i) for i in range(len(prompts))))
     height, width = size(args.eval.resolution)
-    judge, shown, looks = Judge(reward), dict.fromkeys(evenly(len(prompts), SHOWN)), defaultdict(list)
-    group = []  # the images so far of a prompt that has not all of its images
+    judge, shown, looks = Judge(reward), dict.fromkeys(evenly(len(prompts), SHOWN)), Looks(each, image_statistics)
     length = args.eval.per_device_batch_size
     runs = range(0, len(prompts), math.lcm(length, each))  # of whole calls and of all images of a prompt
     starts = [start for run in own(runs) for start in range(run, min(run + runs.step, len(prompts)), length)]
@@ -1483,21 +1511,15 @@ def evaluate(pipe, args, prompts, reward):
         if number >= len(starts):
             continue
         judge.submit(images, prompts[batch])
-        for name, value in image_statistics(images).items():
-            looks[name].append(value)
+        looks.add(images)
         for i, image in enumerate(images, start):
             if i in shown:
                 frames = image[evenly(len(image), FRAMES)] if image.ndim == 4 else image[None]
                 shown[i] = (frames.permute(0, 2, 3, 1) * 255).round().clamp(0, 255).byte().cpu().numpy()
-            group.append(image)
-            if len(group) == each:
-                looks["group_spread"] += [torch.stack(group).std(dim=0).mean()[None]] if each > 1 else []
-                group = []
     scores = {name: value.cpu() for name, value in judge.scores().items()}
-    looks = gather_rows({name: torch.cat(value) for name, value in looks.items() if value})
     parts = gather({i: frames for i, frames in shown.items() if frames is not None})
     shown = {i: frames for part in parts for i, frames in part.items()}
-    return prompts, scores, {name: value.mean().item() for name, value in looks.items()}, shown
+    return prompts, scores, {name: mean.item() for name, mean in looks.means().items()}, shown
 
 
 def evenly(count, most):

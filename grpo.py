@@ -27,7 +27,7 @@ trained.
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Literal, Optional
 
@@ -55,7 +55,8 @@ class TrainArgs:
     """Images of each prompt; their rewards are compared with one another."""
     per_device_batch_size: int = 12
     """Images in one call of the pipeline, in sampling and in training alike. Where it divides group_size, a call has
-    one prompt, so groups of equal rewards cost no training, and same_init_noise shares the steps before the noise."""
+    one prompt: groups of equal rewards cost no training (without a KL), and same_init_noise shares the steps before the
+    noise."""
     resolution: Resolution = 512
     """Pixels in training: one side of a square, or height and width."""
     num_inference_steps: int = 10
@@ -308,9 +309,9 @@ def main():
         # Sampling: the images of the epoch in order of (prompt, member), in calls of one batch
         steps = drawn_steps(train, epoch)
         chosen = common.epoch_prompts(prompts, train.unique_sample_num_per_epoch, train.seed, epoch)
-        images = [(group, member) for group in range(len(chosen)) for member in range(train.group_size)]
-        rollouts, texts = [], {}  # texts: what was encoded already
-        batches = common.batches(common.own(images), train.per_device_batch_size)
+        members = [(group, member) for group in range(len(chosen)) for member in range(train.group_size)]
+        rollouts, texts, looks = [], {}, common.Looks(train.group_size)  # texts: what was encoded already
+        batches = common.batches(common.own(members), train.per_device_batch_size)
         for batch in common.progress(batches, "sampling and rewards"):
             # the last number tells the noise at the start, 0, from that of the steps, 1
             start_seeds = [(train.seed, epoch, g, 0 if train.same_init_noise else m, 0) for g, m in batch]
@@ -329,8 +330,10 @@ def main():
                 pipe, call, train.dynamics_type, train.noise_level, steps, noise, train.tail_steps,
                 texts=texts, sibling=sibling,
             )  # fmt: skip
-            judge.submit(tape.images.float(), call["prompt"])
-            rollouts.append(tape)
+            images = tape.images.float()
+            judge.submit(images, call["prompt"])
+            looks.add(images)
+            rollouts.append(replace(tape, images=None))  # a replay does not need them
         scores = judge.scores()
         totals = scores["total"]
         metrics.add({f"reward/{name}": value.mean() for name, value in scores.items()})
@@ -341,7 +344,7 @@ def main():
         advantages = common.own(advantages).split(train.per_device_batch_size)
         silent = [not args.shard and not advantage.any() for advantage in advantages]
         weights = step_weights(train, rollouts[0].schedule.tolist())
-        metrics.add(common.group_metrics(rollouts, totals, train.group_size))
+        metrics.add(common.group_metrics(looks, totals, train.group_size))
         if epoch == 1:
             first_step_contract(run, pipe, train, parameters, reference, rollouts, totals)
 
@@ -374,7 +377,7 @@ def main():
         assert updates == epoch * train.num_inner_epochs * train.gradient_step_per_epoch
 
         due = epoch % args.eval.eval_freq == 0 or epoch == train.max_epochs
-        row = {"epoch": epoch, "images": epoch * len(images), **metrics.means("train/")}
+        row = {"epoch": epoch, "images": epoch * len(members), **metrics.means("train/")}
         run.log(row | (evaluate(epoch) if due else {}))
         checkpoint.save(epoch, updates)
 

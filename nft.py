@@ -22,7 +22,7 @@ batch. Several updates per epoch matter: only away from v_old do the two losses 
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Literal, Optional
 
@@ -261,11 +261,9 @@ def main():
     )
     checkpoint = common.Checkpoint(run, named, optimizer, old=old, reference=reference, ema=ema)
     prompts = common.read_prompts(args.prompts)
-    tail_steps = (
-        train.num_inference_steps if train.solver == "DPM-Solver++" else None
-    )  # without noisy steps all are its tail
+    tail_steps = train.num_inference_steps if train.solver == "DPM-Solver++" else None  # all: no step before is noisy
     noisy_steps = range(train.num_inference_steps - 1) if train.dynamics_type != "ODE" else ()
-    common.print_plan(run, args, parameters, trained_steps=len(drawn_steps(train, 0)), networks=2 + bool(reference))
+    common.print_plan(run, args, parameters, trained_steps=len(drawn_steps(train, 1)), networks=2 + bool(reference))
 
     def evaluate(epoch):
         with ema.loaded() if ema else nullcontext():
@@ -284,9 +282,9 @@ def main():
         # Sampling by the old policy: the images of the epoch in order of (prompt, member), in calls of one batch
         steps = drawn_steps(train, epoch)
         chosen = common.epoch_prompts(prompts, train.unique_sample_num_per_epoch, train.seed, epoch)
-        images = [(group, member) for group in range(len(chosen)) for member in range(train.group_size)]
-        batches = common.batches(common.own(images), train.per_device_batch_size)
-        rollouts, texts = [], {}  # texts: what was encoded already
+        members = [(group, member) for group in range(len(chosen)) for member in range(train.group_size)]
+        batches = common.batches(common.own(members), train.per_device_batch_size)
+        rollouts, texts, looks = [], {}, common.Looks(train.group_size)  # texts: what was encoded already
         for batch in common.progress(batches, "sampling and rewards"):
             start_seeds, step_seeds = ([(train.seed, epoch, g, m, part) for g, m in batch] for part in (0, 1))
             call = dict(
@@ -303,8 +301,10 @@ def main():
                 tape = rollout(
                     pipe, call, train.dynamics_type, train.noise_level, noisy_steps, noise, tail_steps, texts=texts
                 )
-            judge.submit(tape.images.float(), call["prompt"])
-            rollouts.append(tape)
+            images = tape.images.float()
+            judge.submit(images, call["prompt"])
+            looks.add(images)
+            rollouts.append(replace(tape, images=None))  # a replay does not need them
         scores = judge.scores()
         totals = scores["total"]
         metrics.add({f"reward/{name}": value.mean() for name, value in scores.items()})
@@ -313,7 +313,7 @@ def main():
         else:
             advantages = group_advantages(totals, train.group_size, train.global_std)
         advantages = common.own(advantages).split(train.per_device_batch_size)
-        metrics.add(common.group_metrics(rollouts, totals, train.group_size))
+        metrics.add(common.group_metrics(looks, totals, train.group_size))
         if epoch == 1:
             first_step_contract(run, pipe, train, parameters, old, reference, rollouts, totals)
 
@@ -350,7 +350,7 @@ def main():
         metrics.add({"old_decay": decay})
 
         due = epoch % args.eval.eval_freq == 0 or epoch == train.max_epochs
-        row = {"epoch": epoch, "images": epoch * len(images), **metrics.means("train/")}
+        row = {"epoch": epoch, "images": epoch * len(members), **metrics.means("train/")}
         run.log(row | (evaluate(epoch) if due else {}))
         checkpoint.save(epoch, updates)
 

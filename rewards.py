@@ -444,9 +444,8 @@ def geneval(
 _ANY_OBJECT, _ANY_COLOUR = "|".join(OBJECTS), "|".join(GENEVAL_COLOURS)
 _THING = rf"an? (?:({_ANY_COLOUR}) )?({_ANY_OBJECT})"
 _THINGS = re.compile(rf"a photo of {_THING}(?: (and|{'|'.join(RELATIONS)}) {_THING})?")
-_COUNT = re.compile(
-    rf"a photo of ({'|'.join(NUMBERS)}) ({_ANY_OBJECT})e?s"
-)  # its plurals: s or es, "benchs" among them, and no irregular ones
+# the benchmark's own plurals: s or es, "benchs" among them, and no irregular ones
+_COUNT = re.compile(rf"a photo of ({'|'.join(NUMBERS)}) ({_ANY_OBJECT})e?s")
 
 
 def parse_geneval(prompt):

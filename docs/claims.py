@@ -47,6 +47,7 @@ SCRIPTS = {
     },
     "nft": {"train.per_device_batch_size": 288, "train.num_train_steps": 6},
 }  # fmt: skip
+TOP = ("reward", "finetune_type", "lora_rank", "lora_alpha")  # keys that are not in a section
 
 
 def run(script, **changes):
@@ -56,7 +57,6 @@ def run(script, **changes):
     return script, WORLD | SCRIPTS[script] | changes
 
 
-TOP = ("reward", "finetune_type", "lora_rank", "lora_alpha")
 # {claim: {name: run}}; a name stands for its three seeds, and a run may serve several claims
 CLAIMS = {
     "1 Flow-GRPO": {
@@ -301,13 +301,11 @@ def keep(name, folder, rows):
         writer = csv.DictWriter(file, list(new[0]), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(sorted(old + new, key=lambda row: (row["run"], int(row["steps"]), float(row["guidance"]))))
-    newest = sorted((folder / "images").glob("epoch_*.png"))[-1]
-    shutil.copy(newest, folder / "last.png")
     shutil.copy(folder / "metrics.csv", KEPT / f"{name}.csv")
 
 
 def evaluations(name, column="eval/total", by="epoch"):
-    """{epoch: value} of a column in a kept metrics.csv."""
+    """{epoch: value} of a kept metrics.csv, by that or another column."""
     with open(KEPT / f"{name}.csv", newline="") as file:
         return {int(row[by]): float(row[column]) for row in csv.DictReader(file) if row.get(column)}
 
@@ -325,7 +323,8 @@ def spread(values, digits=3):
     if not values:
         return "–"
     half = (max(values) - min(values)) / 2
-    return f"{statistics.mean(values):.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
+    mean, half = (f"{value:.{digits}f}".replace("0.", ".", digits == 3) for value in (statistics.mean(values), half))
+    return f"{mean} ± {half}" if len(values) > 1 else mean
 
 
 def forwards(name):

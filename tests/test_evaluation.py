@@ -397,3 +397,15 @@ def test_saved_weights_reproduce_the_evaluation_in_plain_diffusers(run, tiny, se
     with torch.autocast("cpu", half, enabled=half != torch.float32):
         off = (evaluation(pipe) - images).abs().max()
         assert off == 0
+
+
+@pytest.mark.parametrize("calls", [[12], [4, 8], [5, 5, 2], [1] * 12])
+def test_how_groups_look_does_not_depend_on_the_calls(calls):
+    images = torch.rand(12, 3, 8, 8)
+    looks = common.Looks(4)
+    for part in images.split(calls):
+        looks.add(part)
+    assert not looks.begun
+    means = looks.means()
+    assert torch.allclose(means["contrast"], images.flatten(1).std(dim=1).mean())
+    assert torch.allclose(means["group_spread"], images.reshape(3, 4, 3, 8, 8).std(dim=1).mean())

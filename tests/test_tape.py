@@ -46,6 +46,17 @@ def test_gradient_checkpointing_keeps_the_replay_exact(make_pipe, call):
     assert any(p.grad is not None and p.grad.norm() > 0 for p in parameters.values())
 
 
+@pytest.mark.parametrize(
+    "prompts, shared", [(["a red circle"] * 4, True), (["a red circle", "a blue cross"] * 2, False)]
+)
+def test_the_embeddings_of_one_prompt_are_kept_once(make_pipe, call, prompts, shared):
+    pipe, _ = make_pipe()
+    tape = rollout(pipe, call() | dict(prompt=prompts), "Flow-SDE", 0.7, [2], sde_noise())
+    embeddings = tape.answers["encode_prompt"][0][0]
+    assert len(embeddings) == 4 and (embeddings.stride(0) == 0) == shared
+    assert torch.equal(replay(pipe, tape, 2)[1].log_prob, tape.steps[2].log_prob)
+
+
 def test_diffusers_looks_for_the_device_once(make_pipe, call, monkeypatch):
     """It goes through all modules for it, in each call: 0.1 s in one of SD3.5, on the CPU, while the GPU waits."""
     pipe, _ = make_pipe()
