@@ -24,11 +24,13 @@ import math
 import os
 import platform
 import random
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import traceback
 from collections import defaultdict
@@ -159,6 +161,10 @@ def _together():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments: the script's dataclass < the model folder's defaults.yaml < --config < the command line
+
+for kind in (yaml.SafeLoader, yaml.SafeDumper):  # 1e-4 is a number in YAML 1.2, and a string in 1.1, which PyYAML reads
+    exponential = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+    kind.add_implicit_resolver("tag:yaml.org,2002:float", exponential, list("-+.0123456789"))
 
 
 def _pairs(value_type):
@@ -315,10 +321,8 @@ def parse_args(Args, description, argv=None):
     """
     argv = sys.argv[1:] if argv is None else argv
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    files.add_argument("--model", default=None)
-    files.add_argument("--config", default=None)
-    files.add_argument("--resume", default=None)
-    files.add_argument("--output-dir", "--output_dir", default=RunArgs.output_dir)
+    for flags in (["--model"], ["--config"], ["--resume"], ["--output-dir", "--output_dir"]):
+        files.add_argument(*flags, nargs="?")  # of one without a value tyro speaks
     known, _ = files.parse_known_args(argv)
     args = Args()
     trainer = args.train.trainer_type
@@ -327,14 +331,14 @@ def parse_args(Args, description, argv=None):
     model = Path(str(known.model or config.get("model") or args.model))
     defaults, lowest = {}, model / "defaults.yaml"
     if known.resume:
-        run = find_run(known.resume, known.output_dir)
+        run = find_run(known.resume, known.output_dir or args.output_dir)
         lowest = run / "args.yaml"
         defaults = _read_yaml("resume", lowest, trainer, Args)
     elif lowest.is_file():
         defaults = _read_yaml("model", lowest, trainer, Args)
         for section in (defaults, defaults.get("eval", {})):
             if section.get("prompts"):  # a model folder names files beside itself
-                section["prompts"] = os.path.relpath(model / section["prompts"])
+                section["prompts"] = os.path.relpath(model / str(section["prompts"]))
 
     sources = {}
     _said_by.clear()
@@ -379,11 +383,9 @@ def find_run(name, output_dir):
 
 def _read_yaml(key, path, trainer, Args):
     """The settings of a YAML file, with what it says under `trainers` for this trainer folded in."""
-    if not Path(path).is_file():
-        refuse(f"--{key}", str(path), "no such file")
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        settings = yaml.safe_load(read_text(f"--{key}", path)) or {}
+    except yaml.YAMLError as error:
         refuse(f"--{key}", str(path), f"not a YAML file: {error}")
     trainers = settings.pop("trainers", None) or {} if isinstance(settings, dict) else None
     own = trainers.get(trainer) or {} if isinstance(trainers, dict) else None
@@ -395,10 +397,25 @@ def _read_yaml(key, path, trainer, Args):
     train = settings.get("train")
     named = train.get("trainer_type", trainer) if isinstance(train, dict) else trainer
     if named != trainer:
-        script = {"grpo": "grpo.py", "grpo-guard": "grpo_guard.py", "nft": "nft.py"}.get(named, "another script")
+        script = {"grpo": "grpo.py", "grpo-guard": "grpo_guard.py", "nft": "nft.py"}.get(str(named), "another script")
         refuse("train.trainer_type", named, f"{path} is for {script}; this script is the trainer {trainer!r}")
     _check_keys(settings, Args, path)
+    for name in ("config", "resume"):  # which are known before any file is read
+        if settings.get(name) is not None:
+            refuse(name, settings[name], f"cannot be said in {path}; give --{name} on the command line")
     return settings
+
+
+def read_text(key, path):
+    """What is in a UTF-8 file, without the mark that some editors begin it with."""
+    try:
+        if Path(path).exists() and not Path(path).is_file():
+            refuse(key, str(path), "is a folder; name a file in it" if Path(path).is_dir() else "is no file")
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        refuse(key, str(path), error.strerror.lower())
+    except ValueError as error:
+        refuse(key, str(path), f"not a UTF-8 text file: {error}")
 
 
 def _check_keys(settings, cls, path, prefix=""):
@@ -454,7 +471,8 @@ AT_LEAST = {
 ABOVE_0 = "lora_alpha train.clip_range train.adv_clip_range train.max_grad_norm"
 OF_THE_CALL = (
     *("prompt", "height", "width", "num_inference_steps", "guidance_scale", "generator", "latents"),
-    *("num_images_per_prompt", "output_type", "return_dict"),
+    *("num_images_per_prompt", "num_videos_per_prompt", "output_type", "return_dict"),
+    *("prompt_2", "prompt_3", "prompt_4"),  # of each prompt, which they are by default
 )
 
 
@@ -487,6 +505,11 @@ def check_args(args):
                 f"{key}={args.call[key]}",
                 "is set by the script; see --train and --eval for what can be changed",
             )
+    for key in ("sigmas", "timesteps"):
+        levels, steps = args.call.get(key), {args.train.num_inference_steps, args.eval.num_inference_steps}
+        if levels is not None and (not isinstance(levels, list) or steps != {len(levels)}):
+            remedy = "must be a list as long as train.num_inference_steps and eval.num_inference_steps are, both"
+            refuse("call", f"{key}={levels}", remedy)
     prompts, batch = args.train.unique_sample_num_per_epoch, args.train.per_device_batch_size
     images, updates = prompts * args.train.group_size // world(), args.train.gradient_step_per_epoch
     each = f" of each of {world()} processes" if world() > 1 else ""
@@ -576,6 +599,9 @@ def check_model(args):
                 near = difflib.get_close_matches(key, takes, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 refuse("call", key, f"{pipeline.__name__} takes no such argument{hint}")
+            annotation = str(takes[key].annotation)
+            if re.search("Tensor|Callable", annotation) and "float" not in annotation:  # nor a list[float] instead
+                refuse("call", key, "takes a tensor or a function, which cannot be written down; leave it out")
 
     try:
         parts = {
@@ -668,8 +694,11 @@ def load_pipeline(model, device, dtype, offload=False) -> DiffusionPipeline:
     """
     index = DiffusionPipeline.load_config(model)
     absent = {name: None for name, spec in index.items() if isinstance(spec, (list, tuple)) and spec[0] is None}
-    with _quiet():
-        pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, **absent)
+    try:
+        with _quiet():
+            pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, **absent)
+    except (OSError, ValueError, SafetensorError) as error:  # a file of weights that is missing or cut
+        refuse("model", model, f"does not load: {str(error).splitlines()[0]}")
     if offload:
         let_visit(pipe, device)
     else:
@@ -1303,12 +1332,7 @@ class Snapshot:
 
 def read_prompts(path, key="prompts"):
     """The non-empty lines of a text file."""
-    if not Path(path).is_file():
-        refuse(key, path, "no such file" if not Path(path).exists() else "is a folder; name a text file in it")
-    try:
-        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        refuse(key, path, f"not a UTF-8 text file: {error}")
+    prompts = [line.strip() for line in read_text(key, path).splitlines() if line.strip()]
     if not prompts:
         refuse(key, path, "holds no prompt; it should have one a line")
     return prompts
@@ -1548,15 +1572,9 @@ def save_grid(path, shown, prompts, totals, base=None):
     for place, (i, tile) in enumerate(zip(shown, tiles, strict=True)):
         left, top = place % columns * (width + 8) + 4, place // columns * (height + 44) + 4
         sheet.paste(Image.fromarray(tile).resize((width, height), Image.NEAREST), (left, top))
-        draw.text((left, top + height + 2), f"{_wrap(prompts[i], width // 6)}\n{captions[place]}", fill="black")
+        prompt = "\n".join(textwrap.wrap(prompts[i], width // 6)[:2])
+        draw.text((left, top + height + 2), f"{prompt}\n{captions[place]}", fill="black")
     sheet.save(path)
-
-
-def _wrap(text, width, lines=2):
-    out = [""]
-    for word in text.split():
-        out = out[:-1] + [f"{out[-1]} {word}".strip()] if len(out[-1]) + len(word) < width else out + [word]
-    return "\n".join(out[:lines])
 
 
 def step_optimizer(run, optimizer, named, update, max_grad_norm):

@@ -150,7 +150,10 @@ def check(args):
         refuse("train.noise_level", train.noise_level, "must be above 0; 0.7 is usual")
     if train.group_size < 2:
         refuse("train.group_size", train.group_size, "an image alone in its group has advantage 0; take at least 2")
+    checks = common.check_args(args)
     steps, last = candidate_steps(train), train.num_inference_steps - 1
+    if train.train_steps is None and not steps:
+        refuse("train.num_inference_steps", 1, "train.train_steps = None is all but the last step, so none; take more")
     if not steps or sorted(set(steps)) != sorted(steps) or not all(0 <= k <= last for k in steps):
         refuse(
             "train.train_steps",
@@ -172,7 +175,7 @@ def check(args):
     if train.tail_steps is not None and not 1 <= train.tail_steps <= last - earliest:
         remedy = f"the last stochastic step is {earliest} or later, and after it come at most {last - earliest} steps"
         refuse("train.tail_steps", train.tail_steps, f"{remedy}; take 1 to that many, or None")
-    for key, value, checked in common.check_args(args):
+    for key, value, checked in checks:
         with common.refusing(key, value):
             rewards.check_rewards(*checked)
 

@@ -149,7 +149,10 @@ def check(args):
         refuse("train.solver", train.solver, f"is for the ODE, and {train.dynamics_type} has steps of its own")
     if train.group_size < 2:
         refuse("train.group_size", train.group_size, "an image alone in its group has advantage 0; take at least 2")
+    checks = common.check_args(args)
     steps, last = candidate_steps(train), train.num_inference_steps - 1
+    if train.train_steps is None and not steps:
+        refuse("train.num_inference_steps", 1, "train.train_steps = None is all but the last step, so none; take more")
     if not steps or sorted(set(steps)) != sorted(steps) or not all(0 <= k <= last for k in steps):
         refuse(
             "train.train_steps",
@@ -158,7 +161,7 @@ def check(args):
         )
     if train.num_train_steps is not None and not 1 <= train.num_train_steps <= len(steps):
         refuse("train.num_train_steps", train.num_train_steps, f"there are {len(steps)} candidate steps to draw from")
-    for key, value, checked in common.check_args(args):
+    for key, value, checked in checks:
         with common.refusing(key, value):
             rewards.check_rewards(*checked)
 

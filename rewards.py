@@ -795,7 +795,7 @@ def _load(path):
     sys.modules.setdefault(spec.name, module)  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{path} does not load: {type(error).__name__}: {error}") from error
     return module
 

@@ -312,6 +312,15 @@ def test_grids_of_many_images(tmp_path):
     assert last == ((199,) * 3,) * 2 + ((99,) * 3,) * 2
 
 
+def test_captions_fill_their_lines(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(common.ImageDraw.ImageDraw, "text", lambda draw, place, text, **_: said.append(text))
+    prompts = ["a red circle", "x" * 30 + " and more", "红" * 50]
+    shown = {i: np.zeros((1, 128, 128, 3), np.uint8) for i in range(3)}
+    common.save_grid(tmp_path / "grid.png", shown, prompts, [0.5, 0.5, 0.5])  # 21 letters on each line
+    assert said == ["a red circle\n0.5", f"{'x' * 21}\n{'x' * 9} and more\n0.5", f"{'红' * 21}\n{'红' * 21}\n0.5"]
+
+
 def test_a_contact_sheet_of_videos(tmp_path):
     assert common.evenly(81, common.FRAMES)[0] == 0 and common.evenly(81, common.FRAMES)[-1] == 80
     frames = np.stack([np.full((16, 16, 3), 10 * f, np.uint8) for f in range(5)])

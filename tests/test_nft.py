@@ -594,6 +594,8 @@ def refused(refusal):
         ("--train.old-decay-max 1", "train.old_decay_max = 1.0", "below 1"),
         ("--train.old-decay-max -0.1", "train.old_decay_max = -0.1", "at least 0"),
         ("--train.group-size 1", "train.group_size = 1", "at least 2"),
+        ("--train.num-inference-steps 0", "train.num_inference_steps = 0", "at least 1"),
+        ("--train.num-inference-steps 1", "train.num_inference_steps = 1", "None is all but the last step, so none"),
         ("--train.train-steps 1 3", "train.train_steps = [1, 3]", "from 0 to 2"),
         ("--train.train-steps -1", "train.train_steps = [-1]", "from 0 to 2"),
         ("--train.train-steps 1 1", "train.train_steps = [1, 1]", "different"),

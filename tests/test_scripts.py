@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -221,9 +223,16 @@ REFUSALS = [
     ("--train.ema-update-interval 0", "train.ema_update_interval = 0", "at least 1"),
     ("--train.seed -1", "train.seed = -1", "at least 0"),
     ("--train.adam-betas 0.9 1", "train.adam_betas = (0.9, 1.0)", "below 1"),
+    ("--train.num-inference-steps 0", "train.num_inference_steps = 0", "at least 1"),
+    ("--train.num-inference-steps 1", "train.num_inference_steps = 1", "None is all but the last step, so none"),
     ("--lora-rank 0", "lora_rank = 0", "at least 1"),
     ("--call height=64", "call = 'height=64'", "set by the script"),
     ("--call max_sequence_lenght=1", "call = 'max_sequence_lenght'", "did you mean max_sequence_length?"),
+    ("--call prompt_2=a", "call = 'prompt_2=a'", "set by the script"),
+    ("--call prompt_embeds=3", "call = 'prompt_embeds'", "takes a tensor or a function"),
+    ("--call callback_on_step_end=3", "call = 'callback_on_step_end'", "takes a tensor or a function"),
+    ("--call sigmas=3", "call = 'sigmas=3'", "as long as train.num_inference_steps and eval.num_inference_steps"),
+    ("--call sigmas=[1.0,0.5]", "call = 'sigmas=[1.0, 0.5]'", "must be a list as long"),  # as those of evaluation
     ("--run-name a/b", "run_name = 'a/b'", "without a path"),
     ("--reward shapes=nan", "reward shapes = nan", "finite"),
     ("--reward shapes=1 shapes=2", "shapes", "given twice"),
@@ -235,6 +244,10 @@ REFUSALS = [
     ("--eval.prompts nowhere.txt", "eval.prompts = 'nowhere.txt'", "no such file"),
     ("--model nowhere", "model = 'nowhere'", "no diffusers folder"),
     ("--config nowhere.yaml", "--config = 'nowhere.yaml'", "no such file"),
+    ("--prompts /dev/null", "prompts = '/dev/null'", "is no file"),
+    ("--prompts /tmp", "prompts = '/tmp'", "is a folder"),
+    ("--config /tmp", "--config = '/tmp'", "is a folder"),
+    ("--resume", "Missing value", "--resume"),
     ("--device quantum", "device = 'quantum'", "quantum"),
     ("--train.dynamics-type Flow-ODE", "--train.dynamics-type", "Flow-SDE"),
     ("--train.trainer-type nft", "--train.trainer-type", "grpo"),
@@ -263,6 +276,9 @@ def test_refusal_from_the_shell(tmp_path):
         ("train: {kl_betta: 0.1}", "train.kl_betta", "did you mean train.kl_beta?"),
         ("modell: x", "modell", "did you mean model?"),
         ("train: {trainer_type: nft}", "trainer_type = 'nft'", "nft.py"),
+        ("train: {trainer_type: [grpo]}", "trainer_type = ['grpo']", "another script"),
+        ("resume: runs/other", "resume = 'runs/other'", "give --resume on the command line"),
+        ("trainers: {grpo: {config: c.yaml}}", "config = 'c.yaml'", "give --config on the command line"),
         ("train: 3", "train = 3", "mapping"),
         ("train: {group_size: many}", "--train.group-size", "many"),
         ("- 1", "--config", "no mapping"),
@@ -275,6 +291,38 @@ def test_refusals_of_a_yaml(refused, tmp_path, text, what, remedy):
     (tmp_path / "bad.yaml").write_text(text)
     message = refused("--config", tmp_path / "bad.yaml")
     assert what in message and remedy in message
+
+
+@pytest.mark.parametrize(
+    "text, what, remedy",
+    [
+        ("prompts: 3", "model/3' (from ", "no such file"),
+        ("resume: runs/other", "resume = 'runs/other'", "give --resume on the command line"),
+    ],
+)
+def test_refusals_of_a_models_defaults(tmp_path, capsys, text, what, remedy):
+    model = shutil.copytree(common.RunArgs.model, tmp_path / "model")
+    lines = (model / "defaults.yaml").read_text()
+    (model / "defaults.yaml").write_text(lines.replace("prompts: ../prompts/train.txt", text))
+    with pytest.raises(SystemExit) as exit:
+        grpo.check(common.parse_args(grpo.Args, "", ["--model", str(model)])[0])
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and what in message and remedy in message
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 1000)], ids=["missing", "cut"])
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_weights_that_do_not_load_are_refused(tmp_path, capsys, part, damage):
+    model = shutil.copytree(common.RunArgs.model, tmp_path / "model")
+    damage(next((model / part).glob("*.safetensors")))
+    with pytest.raises(SystemExit) as exit:
+        common.load_pipeline(str(model), "cpu", torch.float32)
+    assert exit.value.code == 2 and f"error: model = {str(model)!r}: does not load: " in capsys.readouterr().err
+
+
+def test_a_reward_file_that_exits_is_refused(refused, tmp_path):
+    (tmp_path / "mine.py").write_text("import sys\nsys.exit(3)\n")
+    assert "mine.py does not load: SystemExit: 3" in refused("--reward", f"{tmp_path}/mine.py:brightness=1")
 
 
 def test_an_empty_prompt_file_is_refused(refused, tmp_path):
@@ -342,6 +390,34 @@ def test_precedence(tmp_path):
     assert args.call == {"a": 1, "b": "two words"} and Path(args.prompts).resolve() == (model / "p.txt").resolve()
     assert sources["train.group_size"] == (6, str(tmp_path / "c.yaml")) and "train.seed" not in sources
     assert sources["train.noise_level"][1].endswith("defaults.yaml")
+
+
+def test_exponents_make_numbers(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "reward: {shapes: 1e-1}\nreward_options: {a.b: 1E+1}\ncall: {a: -.5e1, b: '1e-1', c: 1e, d: 5.e2}\n"
+        "train: {learning_rate: 1e-4}"
+    )
+    argv = ["--config", str(tmp_path / "c.yaml"), "--call", "e=1e1", "f=1.0", "g=1e-7x"]
+    args, _ = common.parse_args(grpo.Args, "", argv)
+    assert args.reward == {"shapes": 0.1} and args.train.learning_rate == 1e-4
+    assert args.reward_options == {"a.b": 10.0}
+    values = {"a": -5.0, "b": "1e-1", "c": "1e", "d": 500.0, "e": 10.0, "f": 1.0, "g": "1e-7x"}
+    assert {key: args.call[key] for key in values} == values
+    assert yaml.safe_load(yaml.safe_dump(values)) == values
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "c.yaml").write_text("lora_rank: 3", encoding="utf-8-sig")
+    (tmp_path / "p.txt").write_text("a red circle\n", encoding="utf-8-sig")
+    assert common.parse_args(grpo.Args, "", ["--config", str(tmp_path / "c.yaml")])[0].lora_rank == 3
+    assert common.read_prompts(tmp_path / "p.txt") == ["a red circle"]
+
+
+def test_noise_levels_of_ones_own(run):
+    folder = run("--call", "sigmas=[1.0,0.9,0.5,0.2]", "--eval.num-inference-steps", 4, "--train.max-epochs", 1)
+    other = run("--eval.num-inference-steps", 4, "--train.max-epochs", 1, name="other")
+    first, second = (read_csv(path / "metrics.csv")[0]["eval/total"] for path in (folder, other))
+    assert first != second
 
 
 def test_a_runs_own_arguments_repeat_it(run):
