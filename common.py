@@ -19,6 +19,7 @@ import hashlib
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -65,6 +66,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from tqdm import tqdm
 
 import dynamics
+import rewards
 
 HERE = Path(__file__).resolve().parent
 Resolution = Union[int, tuple[int, int]]
@@ -330,9 +332,11 @@ def parse_args(Args, description, argv=None):
     config = _read_yaml("config", known.config, trainer, Args) if known.config else {}
     model = Path(str(known.model or config.get("model") or args.model))
     defaults, lowest = {}, model / "defaults.yaml"
+    rewards.folder = ""
     if known.resume:
         run = find_run(known.resume, known.output_dir or args.output_dir)
         lowest = run / "args.yaml"
+        rewards.folder = yaml.safe_load((run / "environment.yaml").read_text()).get("folder", "")
         defaults = _read_yaml("resume", lowest, trainer, Args)
     elif lowest.is_file():
         defaults = _read_yaml("model", lowest, trainer, Args)
@@ -364,7 +368,7 @@ def parse_args(Args, description, argv=None):
     _said_by.update({key: source for key, (_, source) in sources.items() if source != layers[-1][0]})
     if known.resume:
         for key, (value, source) in sources.items():
-            same_file = key.endswith("prompts") and _absolute(value) == recorded[key]
+            same_file = key.endswith(("prompts", "model")) and _absolute(value) == _absolute(recorded[key])
             if source != layers[0][0] and key not in ON_RESUME and not same_file:
                 refuse(key, value, f"{run} was begun with {recorded[key]!r}, and this would change it; leave it out")
         if args.run_name not in (None, run.name):
@@ -377,6 +381,8 @@ def find_run(name, output_dir):
     """The folder of a run, given itself or its name in output_dir."""
     for folder in (Path(name), Path(output_dir) / name):
         if (folder / "args.yaml").is_file():
+            if not (folder / "environment.yaml").is_file():
+                refuse("resume", name, f"{folder}/environment.yaml, what the run began with, is missing; put it back")
             return folder
     refuse("resume", name, f"there is no run: neither {name} nor {Path(output_dir) / name} has an args.yaml")
 
@@ -558,7 +564,8 @@ def check_args(args):
     if name is not None and (name in ("", ".", "..") or Path(name).name != name):
         refuse("run_name", name, "must be the name of a folder, without a path")
     folder = Path(args.output_dir) / (name or "")
-    if name and not args.resume and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    free = not folder.exists() or folder.is_dir() and not any(folder.iterdir()) or came_to_nothing(folder)
+    if name and not args.resume and not free:
         refuse("run_name", name, f"{folder} already holds a run; choose another name or remove it")
     check_model(args)
     if not args.prompts:
@@ -1634,9 +1641,10 @@ class Run:
         self.interrupted = None  # the signal that asks the run to end after this epoch
         self.in_loop = False
         self.eval_prompts = read_prompts(args.eval.prompts or args.prompts)
-        self.folder = Path(args.resume) if args.resume else gather(_new_folder(args, script))[0]
+        self.folder = Path(args.resume or args.output_dir)  # a new run's is in there
+        gather("the name is free")  # as all have checked; from now on it is not
         self.checkpoint, environment, notes = self._open(script) if rank() == 0 else (None, None, ())
-        self.checkpoint = gather(self.checkpoint)[0]
+        self.folder, self.checkpoint = gather((self.folder, self.checkpoint))[0]
         Run.current = self
         self.trackers = self._trackers(environment["started"]) if rank() == 0 else []
         self.print(f"{Path(script).name} -> {self.folder}")
@@ -1652,8 +1660,12 @@ class Run:
         settings, environment = _settings(args), _environment(args, script)
         try:
             if not args.resume:
-                with whole(self.folder) as folder:
-                    (folder / "images").mkdir()
+                self.folder = _new_folder(args, script)
+                again = came_to_nothing(self.folder)
+                if again:
+                    self._lock()
+                with nullcontext(self.folder) if again else whole(self.folder) as folder:
+                    (folder / "images").mkdir(exist_ok=True)
                     (folder / "environment.yaml").write_text(yaml.safe_dump(environment, sort_keys=False))
                     (folder / "args.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
                     shutil.copy(script, folder)
@@ -1862,20 +1874,31 @@ def _console_line(row):
 
 
 def _new_folder(args, script):
-    """The folder of a new run; a time in its name may be taken already."""
-    name = args.run_name or time.strftime(f"{Path(script).stem}-%Y%m%d-%H%M%S")
-    folder = Path(args.output_dir) / name
-    for attempt in range(2, 100):
-        if args.run_name or not folder.exists():
-            break
-        folder = Path(args.output_dir) / f"{name}-{attempt}"
-    return folder
+    """The folder of a new run; without a name it gets the time's, and is made, so that no other run takes it too."""
+    parent = Path(args.output_dir)
+    if args.run_name:
+        return parent / args.run_name
+    parent.mkdir(parents=True, exist_ok=True)
+    name = time.strftime(f"{Path(script).stem}-%Y%m%d-%H%M%S")
+    for attempt in itertools.count(1):
+        folder = parent / (name if attempt == 1 else f"{name}-{attempt}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+
+
+def came_to_nothing(folder):
+    """Whether a run folder holds no rows, images, weights or checkpoints: that of a start that was refused."""
+    made = {path.name for path in (*folder.glob("*/"), *folder.glob("images/*"), *folder.glob("metrics.csv"))}
+    return (folder / "environment.yaml").is_file() and made <= {"images", "wandb"}
 
 
 def _settings(args):
     """The arguments as args.yaml has them: those that repeat the run, not those that name it."""
     settings = dataclasses.asdict(args) | {"run_name": None, "config": None, "resume": None}
     settings["prompts"], settings["eval"]["prompts"] = _absolute(args.prompts), _absolute(args.eval.prompts)
+    if Path(args.model).is_dir():  # or else a hub id
+        settings["model"] = _absolute(args.model)
     return _plain(settings)
 
 
@@ -1884,10 +1907,14 @@ def _compare(args, began, now):
     for key, path in (("prompts", args.prompts), ("eval.prompts", args.eval.prompts)):
         if now["files"][key] != began["files"][key]:
             refuse(key, path, "has changed since the run began; put it back as it was")
-    changed = [key for key in now if now[key] != began.get(key) and key not in ("command", "started", "files")]
+    per_start = ("command", "folder", "started", "files")
+    changed = [key for key in now if now[key] != began.get(key) and key not in per_start]
     lines = [f"{key} is {now[key]}, and was {began.get(key)} when the run began" for key in changed]
     if now["files"]["script"] != began["files"]["script"]:
         lines.append("the script is not the one that the run began with; a copy of that is in the run folder")
+    for path, digits in now["files"].items():
+        if path.endswith(".py") and digits != began["files"].get(path, digits):
+            lines.append(f"{path} is not as it was when the run began")
     return lines
 
 
@@ -1913,8 +1940,10 @@ def _environment(args, script):
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     machine = {"python": platform.python_version(), **versions, "gpu": gpu, "processes": world()}
     files = {"prompts": args.prompts, "eval.prompts": args.eval.prompts, "script": script}
+    asked = [name.rpartition(":")[0] for name in {**args.reward, **args.eval.reward}]  # "" of those in rewards.py
+    files |= {path: Path(rewards.folder, path) for path in asked if path}
     files = {key: path and sha256(path) for key, path in files.items()}
-    began = {"command": " ".join(sys.argv), "started": time.strftime("%Y%m%d-%H%M%S")}
+    began = {"command": " ".join(sys.argv), "folder": os.getcwd(), "started": time.strftime("%Y%m%d-%H%M%S")}
     return {**began, "commit": commit, **machine, "files": files}
 
 
@@ -1999,8 +2028,12 @@ def damage(checkpoint):
 
 def newest_checkpoint(run):
     """The newest checkpoint of a run that is whole, or None if no epoch was finished; newer ones are set aside."""
-    for left in (run.folder / "checkpoints").glob("*.tmp"):  # by a process that was killed
-        shutil.rmtree(left)
+    for left in (run.folder / "checkpoints").glob("*.tmp"):  # by a process that was killed, maybe after it was whole
+        if damage(left):
+            shutil.rmtree(left)
+        else:
+            shutil.rmtree(left.with_suffix(""), ignore_errors=True)
+            left.rename(left.with_suffix(""))
     damaged = {}
     for checkpoint in reversed(checkpoints(run.folder)):
         if reason := damage(checkpoint):
@@ -2073,7 +2106,7 @@ class Checkpoint:
         if rank() and not run.args.shard:
             return
         folder = run.folder / "checkpoints" / f"epoch_{epoch:04d}"
-        with nullcontext(temporary(folder)) if rank() else whole(folder) as new:
+        with nullcontext(temporary(folder)) if rank() else whole(folder, replace=True) as new:
             if run.args.shard:
                 gather("the folder is there")
                 with _unwrapped():
@@ -2088,8 +2121,11 @@ class Checkpoint:
         for old in checkpoints(run.folder)[: -run.args.keep_checkpoints]:
             shutil.rmtree(old.rename(old.with_suffix(".tmp")))
 
-    def load(self):
-        """Take up a resumed run where its newest checkpoint is. Returns (the epoch to begin with, updates done)."""
+    def load(self, evaluate):
+        """Take up a resumed run where its newest checkpoint is. Returns (the epoch to begin with, updates done).
+
+        evaluate(epoch) -> its columns of metrics.csv: for a run that is to end at the epoch where it was stopped.
+        """
         run = self.run
         run.in_loop = True
         if run.checkpoint is None:
@@ -2118,6 +2154,11 @@ class Checkpoint:
         epochs = run.args.train.max_epochs
         done = f"; all {epochs} are, and a larger --train.max-epochs adds more" if state["epoch"] >= epochs else ""
         run.print(f"resumed: epochs up to {state['epoch']} are done{done}")
+        if state["epoch"] == epochs and "eval/total" not in run.rows[-1]:
+            row = run.rows.pop()
+            run.skipped, _ = row.pop("train/skipped"), row.pop("seconds")
+            run.log(row | evaluate(epochs))
+            self.save(epochs, state["updates"])
         return state["epoch"] + 1, state["updates"]
 
     def _read_shards(self):

@@ -301,7 +301,7 @@ def main():
             run.save_weights(pipe)
         return columns
 
-    first, updates = checkpoint.load()
+    first, updates = checkpoint.load(evaluate)
     if first == 0:
         run.log({"epoch": 0, "images": 0, **evaluate(0)})
         checkpoint.save(0, updates)

@@ -347,6 +347,44 @@ def test_an_existing_run_is_refused(refused, tmp_path):
     assert "already holds a run" in refused()
 
 
+def test_a_refused_start_leaves_its_name_free(start, tmp_path):
+    for options in ("--target-modules nothing", "--reward vlm=1 --reward-options vlm.url=http://127.0.0.1:9"):
+        with pytest.raises(SystemExit):
+            start(grpo, *options.split())
+    assert (tmp_path / "run" / "log.txt").read_text().count("grpo.py -> ") == 2
+    (tmp_path / "run" / "mine.txt").touch()
+    folder = start(grpo, "--train.max-epochs", 1)
+    assert len(read_csv(folder / "metrics.csv")) == 2 and (folder / "mine.txt").exists()
+    assert yaml.safe_load((folder / "args.yaml").read_text())["reward"] == {"jpeg_compressibility": 1.0}
+
+
+@pytest.mark.parametrize("made", ["metrics.csv", "images/epoch_0000.png", "checkpoints/", "lora/", "failed_reward/"])
+def test_what_a_start_has_made_is_kept(refused, tmp_path, made):
+    for path in (tmp_path / "run" / "images", tmp_path / "run" / made if made.endswith("/") else tmp_path):
+        path.mkdir(parents=True, exist_ok=True)
+    for file in ("environment.yaml", *([] if made.endswith("/") else [made])):
+        (tmp_path / "run" / file).touch()
+    assert "already holds a run" in refused()
+
+
+def test_runs_that_start_together_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(common.time, "strftime", lambda *_: "grpo-now")
+    args = grpo.Args(output_dir=str(tmp_path / "runs"))
+    with common.ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: common._new_folder(args, "grpo.py"), range(8)))
+    names = {"grpo-now", *(f"grpo-now-{i}" for i in range(2, 9))}
+    assert {folder.name for folder in folders} == names == {path.name for path in (tmp_path / "runs").iterdir()}
+
+
+def test_an_output_dir_that_cannot_be_made_is_refused(tmp_path, prompt_files, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    for name in ([], ["--run-name", "run"]):
+        monkeypatch.setattr(sys, "argv", ["grpo.py", *SMALL, *prompt_files, "--output-dir", f"{tmp_path}/file", *name])
+        with pytest.raises(SystemExit) as exit:
+            grpo.main()
+        assert exit.value.code == 2 and "output_dir = " in capsys.readouterr().err
+
+
 def test_a_missing_package_is_refused(refused, monkeypatch):
     monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
     assert "pip install wandb" in refused("--track")
@@ -549,6 +587,7 @@ def test_commands_of_the_readme(tmp_path, monkeypatch, command):
         begun = tmp_path / argv[argv.index("--resume") + 1]
         begun.mkdir(parents=True)
         (begun / "args.yaml").write_text(yaml.safe_dump(common._settings(common.parse_args(script.Args, "", [])[0])))
+        (begun / "environment.yaml").write_text("{}")
     if "/" in command.partition("--model")[2]:
         monkeypatch.setattr(common, "check_model", lambda args: None)  # it would ask the hub
     if "--help" in argv:

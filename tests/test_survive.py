@@ -281,8 +281,11 @@ def handlers_kept():
 def test_two_processes_on_one_run(forks, monkeypatch, capsys):
     process = gated(forks, "twice")
     monkeypatch.chdir(forks.folder)
-    monkeypatch.setattr(sys, "argv", ["grpo.py", "--resume", "twice"])
-    assert "another process is working on this run" in refusal_of(grpo.main, capsys)
+    began = (forks.folder / "runs" / "twice" / "args.yaml").read_text()
+    for argv in (["--resume", "twice"], [*SMALL, *TINY, *forks.prompts, "--run-name", "twice"]):
+        monkeypatch.setattr(sys, "argv", ["grpo.py", *argv])
+        assert "another process is working on this run" in refusal_of(grpo.main, capsys)
+        assert (forks.folder / "runs" / "twice" / "args.yaml").read_text() == began
     os.kill(process, signal.SIGKILL)
     assert forks.end()[0] == -signal.SIGKILL
 
@@ -400,7 +403,7 @@ def test_every_kind_of_state_is_taken_up(start, stopped, resume, script, options
 def test_rows_after_the_checkpoint_are_cut(stopped, resume, tmp_path, capsys):
     stopped(grpo)
     assert [row["epoch"] for row in rows_of(tmp_path / "run")] == ["0", "1", "2"]
-    resume(grpo, "--train.max-epochs", 1)  # which does nothing else
+    resume(grpo, "--train.max-epochs", 1)  # which evaluates it, and nothing else
     assert [row["epoch"] for row in rows_of(tmp_path / "run")] == ["0", "1"]
     capsys.readouterr()
     resume(grpo, "--train.max-epochs", 2)
@@ -428,6 +431,44 @@ def test_a_finished_run_is_left_alone_or_extended(finished, whole_run, resume, c
     resume(grpo, "--train.max-epochs", 4)
     assert_same_run(whole_run, folder)  # eval_freq is 2: the same rows
     assert "max_epochs: 4" in (folder / "args.yaml").read_text()
+
+
+@pytest.mark.parametrize("script", [grpo, nft], ids=["grpo", "nft"])
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_stopped_run_that_ends_there_is_evaluated(start, resume, monkeypatch, tmp_path, script, keep):
+    (tmp_path / "mine.py").write_text(REWARD)
+    argv = ("--reward", f"{tmp_path}/mine.py:noisy=1", "--eval.eval-freq", 4, "--keep-checkpoints", keep)
+    log = common.Run.log
+
+    def signalled(run, row):
+        run.interrupted = signal.SIGINT if row["epoch"] == 2 else None
+        run.skipped = row["epoch"]
+        log(run, row)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(common.Run, "log", signalled)
+        whole = start(script, *argv, "--train.max-epochs", 2, name="whole")
+        start(script, *argv, "--train.max-epochs", 6)
+    assert exit.value.code == 130 and rows_of(tmp_path / "run")[-1]["eval/total"] == ""
+    for _ in range(2):  # the second changes nothing
+        assert_same_run(whole, resume(script, "--train.max-epochs", 2))
+        monkeypatch.setattr(common, "evaluate", lambda *_: pytest.fail("evaluated once more"))
+
+
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
+def test_a_whole_checkpoint_that_was_not_renamed_is_taken(finished, resume, moment):
+    """A process was killed while it put a checkpoint in the place of an older one of the same epoch."""
+    newest = common.checkpoints(finished)[-1]
+    shutil.copytree(newest, common.temporary(newest))
+    if moment == "before":
+        (common.temporary(newest) / "SHA256SUMS").unlink()
+    elif moment == "between":
+        (newest / "state.json").unlink()
+    else:
+        shutil.rmtree(newest)
+    resume(grpo)
+    assert common.checkpoints(finished)[-1] == newest and not common.damage(newest)
+    assert not list(finished.rglob("*.tmp")) + list(finished.rglob("*.damaged"))
 
 
 def test_how_many_checkpoints_there_are(start):
@@ -577,6 +618,32 @@ def test_the_same_command_resumes(finished, originals, start, capsys, monkeypatc
     start(grpo, "--prompts", "train.txt", "--eval.prompts", "eval.txt", "--resume", finished, "--device", "cpu")
     said = capsys.readouterr().out
     assert f"grpo.py -> {finished}" in said and "resumed: epochs up to 2 are done" in said
+
+
+def test_a_run_goes_on_from_another_folder(start, resume, tmp_path, monkeypatch, capsys):
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "mine.py").write_text(REWARD)
+    (work / "model").symlink_to(common.RunArgs.model)
+    monkeypatch.chdir(work)
+    options = ("--reward", "mine.py:noisy=1", "--model", "model")
+    folder = start(grpo, *options, "--train.max-epochs", 1)
+    resume(grpo, *options)  # as it was typed
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def noisy(images, prompts):\n    raise KeyError")  # is another file
+    resume(grpo, "--train.max-epochs", 2)
+    assert "note:" not in capsys.readouterr().out
+    assert {"reward/mine.py:noisy", "eval/mine.py:noisy"} <= {
+        key.removeprefix("train/") for key in read_csv(folder / "metrics.csv")[-1]
+    }
+    (work / "mine.py").write_text(REWARD.replace("+ 0.01", "- 0.01"))
+    resume(grpo)
+    assert "note: mine.py is not as it was when the run began" in capsys.readouterr().out
+
+
+def test_a_lost_environment_is_named(finished, nothing_loads, resume, capsys):
+    (finished / "environment.yaml").unlink()
+    assert f"{finished}/environment.yaml" in refusal_of(lambda: resume(grpo), capsys)
 
 
 def test_another_environment_is_told(finished, resume, capsys):
