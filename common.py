@@ -66,7 +66,6 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from tqdm import tqdm
 
 import dynamics
-import rewards
 
 HERE = Path(__file__).resolve().parent
 Resolution = Union[int, tuple[int, int]]
@@ -332,11 +331,9 @@ def parse_args(Args, description, argv=None):
     config = _read_yaml("config", known.config, trainer, Args) if known.config else {}
     model = Path(str(known.model or config.get("model") or args.model))
     defaults, lowest = {}, model / "defaults.yaml"
-    rewards.folder = ""
     if known.resume:
         run = find_run(known.resume, known.output_dir or args.output_dir)
         lowest = run / "args.yaml"
-        rewards.folder = yaml.safe_load((run / "environment.yaml").read_text()).get("folder", "")
         defaults = _read_yaml("resume", lowest, trainer, Args)
     elif lowest.is_file():
         defaults = _read_yaml("model", lowest, trainer, Args)
@@ -373,6 +370,11 @@ def parse_args(Args, description, argv=None):
                 refuse(key, value, f"{run} was begun with {recorded[key]!r}, and this would change it; leave it out")
         if args.run_name not in (None, run.name):
             refuse("run_name", args.run_name, f"--resume continues {run} under its own name; leave it out")
+        args.model, args.prompts, args.eval.prompts = (recorded[key] for key in ("model", "prompts", "eval.prompts"))
+        began = yaml.safe_load((run / "environment.yaml").read_text()).get("folder", "")
+        if began != os.getcwd() and os.path.isdir(began):  # from there a user named reward files
+            run = Path(os.path.abspath(run))
+            os.chdir(began)
         args.resume, args.output_dir, args.run_name = str(run), str(run.parent), run.name
     return args, sources
 
@@ -1941,7 +1943,7 @@ def _environment(args, script):
     machine = {"python": platform.python_version(), **versions, "gpu": gpu, "processes": world()}
     files = {"prompts": args.prompts, "eval.prompts": args.eval.prompts, "script": script}
     asked = [name.rpartition(":")[0] for name in {**args.reward, **args.eval.reward}]  # "" of those in rewards.py
-    files |= {path: Path(rewards.folder, path) for path in asked if path}
+    files |= {path: path for path in asked if path}
     files = {key: path and sha256(path) for key, path in files.items()}
     began = {"command": " ".join(sys.argv), "folder": os.getcwd(), "started": time.strftime("%Y%m%d-%H%M%S")}
     return {**began, "commit": commit, **machine, "files": files}

@@ -765,7 +765,6 @@ PROMPT_CHECKS = {"shapes": world.parse, "ocr": quoted_text, "geneval": parse_gen
 """Functions that raise ValueError for a prompt that a reward cannot score."""
 PACKAGES = {"ocr": ["rapidocr_onnxruntime"]}
 """Optional packages that a reward imports."""
-folder = ""  # where a user's files are looked for; of a resumed run where it was begun
 
 
 def find_reward(name):
@@ -780,10 +779,9 @@ def find_reward(name):
         near = difflib.get_close_matches(name, REWARDS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"no reward {name!r}; {hint}known: {', '.join(REWARDS)}, or your own as file.py:function")
-    path = Path(folder, path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise ValueError(f"reward {name!r}: there is no file {path}")
-    module = _load(path.resolve())
+    module = _load(Path(path).resolve())
     if not callable(getattr(module, function, None)):
         raise ValueError(f"reward {name!r}: {path} has no function {function}")
     return lambda device: getattr(module, function)
