@@ -62,7 +62,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 from tqdm import tqdm
 
 import dynamics
@@ -867,13 +867,86 @@ def compile_blocks(denoiser):
         block.compile(dynamic=False)  # a training call has one shape, and gets the fastest code for it
     forward = denoiser.forward
 
-    @functools.wraps(forward)
     def forward_for_gradients(*args, **kwargs):
-        with torch.enable_grad():
-            output = forward(*args, **kwargs)
-        return output if torch.is_grad_enabled() else tree_map_only(torch.Tensor, torch.Tensor.detach, output)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None):
+            return tree_map_only(torch.Tensor, torch.Tensor.detach, forward(*args, **kwargs))
 
-    denoiser.forward = forward_for_gradients
+    recorded = _Recorded(forward_for_gradients, denoiser)
+
+    @functools.wraps(forward)
+    def forward_or_record(*args, **kwargs):
+        return (forward if torch.is_grad_enabled() else recorded)(*args, **kwargs)
+
+    denoiser.forward = forward_or_record
+
+
+class _Recorded:
+    """A network's call without gradients, by CUDA graphs: the GPU repeats the kernels that it ran the second time.
+
+    So it need not wait for the CPU, which takes as long to launch the kernels of a compiled transformer as an H200 to
+    run them. A call is known by all that it is given and by where the network's parameters are. What cannot be recorded
+    (on a CPU, in parts on several GPUs, with checkpointing, a network that looks at its own numbers) is called as ever.
+    """
+
+    PLAIN = (type(None), bool, int, float, str, torch.dtype)
+    MOST = 64  # calls to remember
+
+    def __init__(self, function, network):
+        self.function, self.network = function, network
+        self.graphs, self.memory = {}, None  # {call: None, (graph, inputs, outputs), or False where that failed}
+
+    def __call__(self, *args, **kwargs):
+        leaves, tree = tree_flatten((args, kwargs))
+        given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        key = self.key(leaves, tree, given)
+        if key not in self.graphs:
+            self.graphs = dict(list(self.graphs.items())[1 - self.MOST :])
+            self.graphs[key] = False if key is None else None
+            return self.function(*args, **kwargs)
+        if self.graphs[key] is None:
+            inputs = [tensor.clone() for tensor in given]
+            copies = iter(inputs)
+            leaves = [next(copies) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+            self.graphs[key] = self.record(*tree_unflatten(leaves, tree), inputs)
+        if not self.graphs[key]:
+            return self.function(*args, **kwargs)
+        graph, inputs, outputs = self.graphs[key]
+        for own, tensor in zip(inputs, given, strict=True):
+            own.copy_(tensor)
+        graph.replay()
+        return tree_map_only(torch.Tensor, torch.clone, outputs)
+
+    def key(self, leaves, tree, given):
+        parameters = [*self.network.parameters(), *self.network.buffers()]
+        fixed = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
+        if any(type(leaf) not in self.PLAIN for leaf in fixed) or self.network.is_gradient_checkpointing:
+            return None
+        if any(isinstance(t, DTensor) or t.device.type != "cuda" for t in (*given, *parameters)):
+            return None
+        tensors = tuple((t.shape, t.stride(), t.dtype) for t in given)
+        mode = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), self.network.training
+        return str(tree), tuple(fixed), tensors, mode, tuple(p.data_ptr() for p in parameters)
+
+    def record(self, args, kwargs, inputs):
+        """(graph, inputs, outputs); False where the network waits for the GPU, which no graph can."""
+        torch.cuda.synchronize()
+        self.memory = self.memory or torch.cuda.graph_pool_handle()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        torch.clear_autocast_cache()  # of halves made before, which are gone when the graph is replayed
+        with torch.cuda.stream(stream):
+            graph.capture_begin(self.memory, capture_error_mode="thread_local")  # rewards are computed meanwhile
+            try:
+                outputs = self.function(*args, **kwargs)
+                graph.capture_end()
+            except RuntimeError as error:
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                print(f"sampling without CUDA graphs: {str(error).splitlines()[0]}", flush=True)
+                return False
+            finally:
+                torch.clear_autocast_cache()
+        torch.cuda.current_stream().wait_stream(stream)
+        return graph, inputs, outputs
 
 
 def denoisers(pipe):

@@ -234,6 +234,12 @@ def peak(device):
     return most
 
 
+def graphs():
+    """GiB of the device's memory that is kept for CUDA graphs."""
+    kept = torch.cuda.memory_snapshot() if torch.cuda.is_available() else []
+    return sum(segment["total_size"] for segment in kept if tuple(segment["segment_pool_id"]) != (0, 0)) / 2**30
+
+
 def table(*columns):
     row(*columns)
     row(*["---"] * len(columns))
@@ -284,7 +290,7 @@ def speed(model, device, args):
                 tera[scale] * args.steps / statistics.median(sampling), statistics.median(decoding) * per,
                 both / 2 * per, 6 * tera[scale] / both, peak(device), ratio,
             )  # fmt: skip
-            print(f"the first rollout and update took {warm:.0f} s", flush=True)
+            print(f"the first rollout and update took {warm:.0f} s; CUDA graphs hold {graphs():.3g} GiB", flush=True)
         for trained in (range(args.steps - 1), [1, 2]):
             seconds, _ = timed(lambda c=call, k=trained: load.update(load.sample(c, list(k))), device, args.epochs)
             epochs.append((how, len(trained), seconds * per))
@@ -311,6 +317,8 @@ def memory(model, device, args):
 
     base = ("offload", "checkpointing")
     for options in ((), ("checkpointing",), base, (*base, "VAE slicing"), (*base, "VAE tiling"), ("offload",)):
+        if not set(args.options) <= set(options):
+            continue
         if "offload" in options and not hasattr(load.pipe.vae, "_hf_hook"):
             common.let_visit(load.pipe, device)
         for option, owner, name in (
@@ -447,6 +455,7 @@ def main():
         "--guidance", type=float, nargs="+", default=[1.0, 4.5], help="scales; epochs take the last one"
     )
     parser.add_argument("--how", default="eager,compiled")
+    parser.add_argument("--options", nargs="*", default=[], help="of --mode memory: only the rows that have them")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

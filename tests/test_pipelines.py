@@ -338,3 +338,33 @@ def test_compiled_blocks_replay_exactly():
     assert sum(p.grad.norm() for p in parameters if p.grad is not None) > 0
     assert not tape.images.requires_grad
     assert common.ode_difference(pipe, tape.call) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("looks", [False, True], ids=["", "a network that looks at its own numbers"])
+def test_recorded_calls_replay_exactly(looks, capsys):
+    """By CUDA graphs, from the second call of the same shapes on; also after updates, and beside other calls."""
+    pipe, call = fresh("stable_diffusion_3")
+    if looks:
+        block = pipe.transformer.norm_out
+        block.register_forward_pre_hook(lambda module, args: args[0].sum().item() and None)
+    pipe.to("cuda", torch.bfloat16)
+    for module in common._modules(pipe):
+        module.requires_grad_(False)
+    parameters = list(common.trainable_parameters(pipe, settings(compile=True), 0).values())
+    for parameter in parameters:
+        parameter.data = parameter.data.cuda() + 0.02 * torch.randn_like(parameter, device="cuda")
+    first = None
+    for turn in range(3):
+        tape = common.rollout(pipe, call, "Flow-SDE", 0.7, [0, 1, 2], common.generators((1,), (2,)))
+        assert first is None or not torch.equal(tape.x0, first.x0)
+        first = tape
+        for k, taken in tape.steps.items():
+            velocity, step = common.replay(pipe, tape, k)
+            assert torch.equal(velocity, taken.velocity) and torch.equal(step.log_prob, taken.log_prob), (turn, k)
+            step.log_prob.sum().backward()
+        for parameter in parameters:
+            parameter.data -= 0.01 * parameter.grad.sign()
+            parameter.grad = None
+    assert common.ode_difference(pipe, tape.call) == 0
+    assert ("without CUDA graphs" in capsys.readouterr().out) == looks
