@@ -3,12 +3,15 @@
     python docs/claims.py list                        the runs of each claim
     python docs/claims.py show grpo-s0                the command of one run
     python docs/claims.py run grpo-s0 nft             some runs: by name, without the seed, by claim (4), or all
-    python docs/claims.py table                       the tables of docs/results.md, from docs/results/claims/
+    python docs/claims.py table                       the tables of docs/results.md, from docs/results/claims-gpu/
+
+All of them exist in two sizes: one for a GPU, and with SCALE=cpu in the environment one for two CPU cores, where a run
+is the script as it comes plus the flags of the claim, and takes two to six minutes.
 
 A run is its script with the flags that `show` prints, then four evaluations of its last weights on the held-out
 prompts (10 and 40 steps, without guidance and with 3). `run --parallel 16 --gpus 2` does many at once on the GPUs; a
 run that is finished is not repeated; what is cut off by `--seconds` begins anew. A run leaves NAME.csv, which is its
-metrics.csv, and a row of finals.csv for each evaluation, in docs/results/claims/.
+metrics.csv, and a row of finals.csv for each evaluation, in docs/results/claims-gpu/ or -cpu/.
 """
 
 import argparse
@@ -26,17 +29,20 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-KEPT = HERE / "results" / "claims"
+SCALE = os.environ.get("SCALE", "gpu")
+KEPT = HERE / "results" / f"claims-{SCALE}"
 SEEDS = (0, 1, 2)
+CPU = SCALE == "cpu"
 
-# Common to all: 48 prompts x 24 = 1152 images an epoch, 30 epochs, full fine-tuning from the same base model without
-# guidance, evaluated every 2 epochs on 96 held-out prompts x 4.
-WORLD = {
+# On a GPU: 48 prompts x 24 = 1152 images an epoch, 30 epochs, evaluated every 2 epochs. On a CPU: the scripts' own
+# defaults for the embedded model, 32 x 16 = 512 images an epoch, 10 epochs, evaluated after 5 and 10. Both: full
+# fine-tuning from the same base model without guidance, evaluated on 96 held-out prompts x 4.
+GPU_WORLD = {
     "train.unique_sample_num_per_epoch": 48, "train.group_size": 24, "train.max_epochs": 30,
     "eval.images_per_prompt": 4, "eval.per_device_batch_size": 384, "eval.eval_freq": 2, "checkpoint_freq": 1000,
 }  # fmt: skip
 POLICY_GRADIENT = {"train.train_steps": None, "train.num_train_steps": 4}
-SCRIPTS = {
+GPU_SCRIPTS = {
     "grpo": POLICY_GRADIENT | {
         "train.per_device_batch_size": 1152, "train.gradient_step_per_epoch": 1,
         "train.learning_rate": 2e-4, "train.clip_range": 1e-4,
@@ -47,6 +53,9 @@ SCRIPTS = {
     },
     "nft": {"train.per_device_batch_size": 288, "train.num_train_steps": 6},
 }  # fmt: skip
+CPU_WORLD = {"train.max_epochs": 10}
+CPU_SCRIPTS = {script: {"train.num_train_steps": 3 if script == "nft" else 2} for script in GPU_SCRIPTS}
+WORLD, SCRIPTS = (CPU_WORLD, CPU_SCRIPTS) if CPU else (GPU_WORLD, GPU_SCRIPTS)
 TOP = ("reward", "finetune_type", "lora_rank", "lora_alpha")  # keys that are not in a section
 
 
@@ -57,40 +66,51 @@ def run(script, **changes):
     return script, WORLD | SCRIPTS[script] | changes
 
 
+def group(size):
+    """Groups of another size, at equal images."""
+    return run("grpo", group_size=size, unique_sample_num_per_epoch=(512 if CPU else 1152) // size)
+
+
+def steps(count, **changes):
+    """Another number of sampling steps; the trained ones are of the same part of the way."""
+    if CPU:
+        return run("grpo", num_inference_steps=count, train_steps=list(range(count // 3, count // 3 + 2)), **changes)
+    return run("grpo", num_inference_steps=count, num_train_steps=min(4, count - 1), **changes)
+
+
+CPS = {"dynamics_type": "CPS", "noise_level": 0.8}
+DANCE = {"dynamics_type": "Dance-SDE", "noise_level": 0.3}
+X = 86 if CPU else 37.5  # (h (1 + a²/2))² of the trained steps is on average 1 / this, so a KL of x needs so much more
+BETAS = (0.003, 0.01) if CPU else (0.01, 0.04)
+
 # {claim: {name: run}}; a name stands for its three seeds, and a run may serve several claims
 CLAIMS = {
     "1 Flow-GRPO": {
         "grpo": run("grpo"),
-        "grpo-noise.1": run("grpo", noise_level=0.1),
-        "grpo-noise.4": run("grpo", noise_level=0.4),
-        "grpo-noise1": run("grpo", noise_level=1.0),
-        "grpo-group4": run("grpo", group_size=4, unique_sample_num_per_epoch=288),
-        "grpo-group8": run("grpo", group_size=8, unique_sample_num_per_epoch=144),
-        "grpo-group16": run("grpo", group_size=16, unique_sample_num_per_epoch=72),
+        **{f"grpo-noise{a:g}": run("grpo", noise_level=a) for a in (0.1, 0.4, 1.0)},
+        **{f"grpo-group{n}": group(n) for n in (4, 8, 16) if n != 16 or not CPU},
     },
-    "2 KL": {  # (h (1 + a²/2))² of the first nine steps is 0.0267 on average, so 37.5 times the beta is as strong
+    "2 KL": {
         "grpo": run("grpo"),
-        "grpo-kl-v.01": run("grpo", kl_beta=0.01),
-        "grpo-kl-v.04": run("grpo", kl_beta=0.04),
-        "grpo-kl-x.375": run("grpo", kl_beta=0.375, kl_type="x-based"),
-        "grpo-kl-x1.5": run("grpo", kl_beta=1.5, kl_type="x-based"),
+        **{f"grpo-kl-v{beta:g}": run("grpo", kl_beta=beta) for beta in BETAS},
+        **{f"grpo-kl-x{beta * X:g}": run("grpo", kl_beta=beta * X, kl_type="x-based") for beta in BETAS},
     },
     "3 DanceGRPO": {
         "grpo": run("grpo"),
         "grpo-same": run("grpo", same_init_noise=True),
-        "dance.3": run("grpo", dynamics_type="Dance-SDE", noise_level=0.3),
-        "dance.3-same": run("grpo", dynamics_type="Dance-SDE", noise_level=0.3, same_init_noise=True),
-        "dance.7": run("grpo", dynamics_type="Dance-SDE", noise_level=0.7),
+        "dance.3": run("grpo", **DANCE),
+        "dance.3-same": run("grpo", **DANCE, same_init_noise=True),
+        "dance.7": run("grpo", **DANCE | {"noise_level": 0.7}),
     },
     "4 MixGRPO": {
         "mix1": run("grpo", num_train_steps=1),
-        "mix2": run("grpo", num_train_steps=2),
+        "mix2": run("grpo", num_train_steps=2, train_steps=None),
         "grpo": run("grpo"),
-        "mix9": run("grpo", num_train_steps=None),
+        "mix9": run("grpo", num_train_steps=None, train_steps=None),
         "mix2-early": run("grpo", num_train_steps=2, train_steps=[0, 1, 2]),
         "mix2-middle": run("grpo", num_train_steps=2, train_steps=[3, 4, 5]),
         "mix2-late": run("grpo", num_train_steps=2, train_steps=[6, 7, 8]),
-        "mix2-sliding": run("grpo", num_train_steps=2, shift_interval=4),
+        "mix2-sliding": run("grpo", num_train_steps=2, train_steps=None, shift_interval=4),
     },
     "5 TempFlow-GRPO": {
         "grpo": run("grpo"),
@@ -105,22 +125,23 @@ CLAIMS = {
         "guard-plain": run("grpo_guard", reweight=False),
         **{
             f"{name}-proxy": run(
-                script, reward={"docs/proxy.py:colour": 1}, eval_reward={"shapes": 1}, max_epochs=60, **changes
+                script,
+                reward={"docs/proxy.py:colour": 1},
+                eval_reward={"shapes": 1},
+                max_epochs=20 if CPU else 60,
+                **changes,
             )
             for name, script, changes in [
                 ("grpo", "grpo", {}),
-                ("grpo-kl", "grpo", {"kl_beta": 0.04}),
+                ("grpo-kl", "grpo", {"kl_beta": BETAS[1]}),
                 ("guard", "grpo_guard", {}),
             ]
         },
     },
     "7 CPS": {
         "grpo": run("grpo"),
-        "cps": run("grpo", dynamics_type="CPS", noise_level=0.8),
-        "grpo-T6": run("grpo", num_inference_steps=6),
-        "cps-T6": run("grpo", num_inference_steps=6, dynamics_type="CPS", noise_level=0.8),
-        "grpo-T4": run("grpo", num_inference_steps=4, num_train_steps=3),
-        "cps-T4": run("grpo", num_inference_steps=4, num_train_steps=3, dynamics_type="CPS", noise_level=0.8),
+        "cps": run("grpo", **CPS),
+        **{f"{name}-T{T}": steps(T, **how) for T in (6, 4) for name, how in (("grpo", {}), ("cps", CPS))},
     },
     "8 PaCo-RL": {
         "paco-32": run("grpo", eval_resolution=64),
@@ -129,7 +150,7 @@ CLAIMS = {
     "9 DiffusionNFT": {
         "grpo": run("grpo"),
         "nft": run("nft"),
-        "nft-cps": run("nft", dynamics_type="CPS", noise_level=0.8),
+        "nft-cps": run("nft", **CPS),
         "nft-flow": run("nft", dynamics_type="Flow-SDE", noise_level=0.7),
         "nft-beta.1": run("nft", nft_beta=0.1),
         "nft-positive": run("nft", negative_term=False),
@@ -139,13 +160,17 @@ CLAIMS = {
         "grpo": run("grpo"),
         "grpo-global-std": run("grpo", global_std=True),
         "grpo-ema": run("grpo", ema_decay=0.9, ema_update_interval=1),
-        "grpo-two-updates": run("grpo", per_device_batch_size=576, gradient_step_per_epoch=2),
+        **(
+            {"grpo-one-update": run("grpo", gradient_step_per_epoch=1)}
+            if CPU
+            else {"grpo-two-updates": run("grpo", per_device_batch_size=576, gradient_step_per_epoch=2)}
+        ),
         "grpo-lora": run("grpo", finetune_type="lora", learning_rate=2e-3),
     },
     "0.95": {
-        "grpo-long": run("grpo", max_epochs=120),
-        "guard-long": run("grpo_guard", max_epochs=120),
-        "nft-long": run("nft", max_epochs=60),
+        "grpo-long": run("grpo", max_epochs=40 if CPU else 120),
+        "guard-long": run("grpo_guard", max_epochs=40 if CPU else 120),
+        "nft-long": run("nft", max_epochs=30 if CPU else 60),
     },
 }
 RUNS = {f"{name}-s{seed}": runs[name] for runs in CLAIMS.values() for name in runs for seed in SEEDS}
@@ -273,7 +298,8 @@ def final_rows(name, folder):
     rows = []
     for steps, guidance in FINALS:
         evaluation = common.EvalArgs(
-            images_per_prompt=4, resolution=resolution, num_inference_steps=steps, guidance_scale=guidance,
+            images_per_prompt=1 if CPU else 4, resolution=resolution, num_inference_steps=steps,
+            guidance_scale=guidance,
             per_device_batch_size=384 if device.type == "cuda" else 64,
         )  # fmt: skip
         args = module.Args(eval=evaluation, call={"max_sequence_length": 1})
@@ -350,7 +376,7 @@ def tables(args):
     for claim, runs in CLAIMS.items():
         print(f"\n### {claim}\n")
         last = max(settings["train.max_epochs"] for _, settings in runs.values())
-        epochs = [epoch for epoch in (4, 10, 20, 30, 60, 120) if epoch <= last]
+        epochs = [epoch for epoch in ((5, 10, 20, 40) if CPU else (4, 10, 20, 30, 60, 120)) if epoch <= last]
         head = ["run", "seeds", *(f"{epoch} epochs" for epoch in epochs), "1000 images to .80", "million forwards"]
         head += [
             f"at last, {steps} steps" + f", guidance {guidance:g}" * (guidance > 1) for steps, guidance in FINALS[1:]
@@ -373,7 +399,8 @@ def tables(args):
                     spread([n * forwards(done[0]) / 1e6 for n in images], 2),
                 ]
             cells += [spread([float(end[how]["accuracy"]) for end in ends]) for how in FINALS[1:]]
-            cells += [f"{statistics.mean(float(end[10, 1.0]['group_spread']) for end in ends):.3f}"]
+            looks = [evaluations(seed, "eval/image/group_spread") for seed in done]
+            cells += [f"{statistics.mean(list(look.values())[-1] for look in looks):.3f}"]
             print("|", " | ".join(map(str, cells)), "|")
 
 
@@ -391,7 +418,7 @@ def main():
     runs.add_argument("--seconds", type=float, default=float("inf"), help="end what still runs then")
     runs.set_defaults(do=run_all)
     for verb in (show, runs):
-        verb.add_argument("--out", default="runs/claims")
+        verb.add_argument("--out", default=f"runs/claims-{SCALE}")
     verbs.add_parser("table").set_defaults(do=tables)
     args = parser.parse_args()
     args.do(args)
