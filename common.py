@@ -54,7 +54,7 @@ import transformers
 import tyro
 import yaml
 from accelerate.hooks import ModelHook, add_hook_to_module
-from diffusers import ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
@@ -250,8 +250,8 @@ class RunArgs:
     device: str = "auto"
     """A torch device; auto takes the GPU if there is one."""
     compile: bool = False
-    """Compile the denoiser's repeated blocks: a minute at the start, then 1.4 to 2 times as fast on a GPU. Each call of
-    the network takes the memory of one in training then; train.enable_gradient_checkpointing lowers that too."""
+    """Compile the denoiser's repeated blocks and the VAE's decoder, and sample by CUDA graphs (but not with
+    train.enable_gradient_checkpointing): a minute at the start, then 1.4 to 2 times as fast on a GPU."""
     offload: bool = False
     """Keep text encoders and VAE on the CPU, each on the device only while it works."""
     vae_tiling: bool = False
@@ -692,6 +692,8 @@ def make_pipeline(args, device):
             if not hasattr(getattr(pipe, "vae", None), method):
                 refuse(key, True, f"the VAE of {type(pipe).__name__} cannot do that; leave it out")
             getattr(pipe.vae, method)()
+    if args.compile:
+        compile_decoder(pipe)
     return pipe
 
 
@@ -878,6 +880,12 @@ def compile_blocks(denoiser):
         return (forward if torch.is_grad_enabled() else recorded)(*args, **kwargs)
 
     denoiser.forward = forward_or_record
+
+
+def compile_decoder(pipe):
+    """Compile what makes the pixels, where that is the usual convolutional VAE."""
+    if isinstance(getattr(pipe, "vae", None), AutoencoderKL):
+        pipe.vae.decoder.to(memory_format=torch.channels_last).compile(dynamic=False)
 
 
 class _Recorded:

@@ -269,6 +269,7 @@ def speed(model, device, args):
     for how in args.how.split(","):
         if how == "compiled":
             common.compile_blocks(load.denoiser)
+            common.compile_decoder(load.pipe)
         for scale, call in calls.items():
             started = time.perf_counter()
             ratio = load.update(load.sample(call, [0, 1]))

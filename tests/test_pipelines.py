@@ -324,6 +324,7 @@ def test_compiled_blocks_replay_exactly():
     pipe.to(torch.bfloat16)
     for module in common._modules(pipe):
         module.requires_grad_(False)
+    common.compile_decoder(pipe)
     parameters = common.trainable_parameters(pipe, settings(compile=True), 0).values()
     for parameter in parameters:
         parameter.data += 0.02 * torch.randn_like(parameter)
