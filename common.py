@@ -603,7 +603,7 @@ def check_model(args):
         pipeline = getattr(diffusers, str(index.get("_class_name")), None)
     if pipeline is not None:
         takes = inspect.signature(pipeline.__call__).parameters
-        for key in args.call:
+        for key, value in args.call.items():
             if key not in takes:
                 near = difflib.get_close_matches(key, takes, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
@@ -611,6 +611,9 @@ def check_model(args):
             annotation = str(takes[key].annotation)
             if re.search("Tensor|Callable", annotation) and "float" not in annotation:  # nor a list[float] instead
                 refuse("call", key, "takes a tensor or a function, which cannot be written down; leave it out")
+            if isinstance(value, str) and not re.search("str|Any|_empty", annotation):
+                kind = getattr(takes[key].annotation, "__name__", annotation)
+                refuse("call", f"{key}={value}", f"{pipeline.__name__} takes {kind} there")
 
     try:
         parts = {
@@ -2316,6 +2319,8 @@ def start(main):
         except Exception as error:
             if Run.current is None:
                 raise
+            if isinstance(error, ValueError) and traceback.extract_tb(error.__traceback__)[-1].name == "check_inputs":
+                refuse("call", Run.current.args.call, f"the pipeline refuses what it is given: {error}")
             if isinstance(error, torch.OutOfMemoryError):
                 raise RunError(_out_of_memory(error, Run.current.args)) from error
             if isinstance(error, SafetensorError) or getattr(error, "errno", None) in NO_ROOM:

@@ -230,6 +230,7 @@ REFUSALS = [
     ("--call max_sequence_lenght=1", "call = 'max_sequence_lenght'", "did you mean max_sequence_length?"),
     ("--call prompt_2=a", "call = 'prompt_2=a'", "set by the script"),
     ("--call prompt_embeds=3", "call = 'prompt_embeds'", "takes a tensor or a function"),
+    ("--call max_sequence_length=a", "call = 'max_sequence_length=a'", "takes int there"),
     ("--call callback_on_step_end=3", "call = 'callback_on_step_end'", "takes a tensor or a function"),
     ("--call sigmas=3", "call = 'sigmas=3'", "as long as train.num_inference_steps and eval.num_inference_steps"),
     ("--call sigmas=[1.0,0.5]", "call = 'sigmas=[1.0, 0.5]'", "must be a list as long"),  # as those of evaluation
@@ -268,6 +269,13 @@ def test_refusal_from_the_shell(tmp_path):
     )
     assert done.returncode == 2 and "train.group_size = 1" in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_pipeline_refuses_is_refused_in_its_words(tmp_path):
+    """At the first evaluation, since only the pipeline knows."""
+    command = [sys.executable, ROOT / "grpo.py", "--call", "max_sequence_length=1000", "--output-dir", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "cannot be greater than 512" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
