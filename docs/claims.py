@@ -4,6 +4,7 @@
     python docs/claims.py show grpo-s0                the command of one run
     python docs/claims.py run grpo-s0 nft             some runs: by name, without the seed, by claim (4), or all
     python docs/claims.py table                       the tables of docs/results.md, from docs/results/claims-gpu/
+    python docs/claims.py ratios FILE ...             GRPO-Guard's ratios by step, from its metrics.csv, a file a seed
 
 All of them exist in two sizes: one for a GPU, and with SCALE=cpu in the environment one for two CPU cores, where a run
 is the script as it comes plus the flags of the claim, and takes two to six minutes.
@@ -174,7 +175,7 @@ CLAIMS = {
     },
 }
 RUNS = {f"{name}-s{seed}": runs[name] for runs in CLAIMS.values() for name in runs for seed in SEEDS}
-FINALS = [(steps, guidance) for steps in (10, 40) for guidance in (1.0, 3.0)]
+FINALS = [(10, 1.0), (40, 1.0)] if CPU else [(10, 1.0), (10, 3.0), (40, 1.0), (40, 3.0)]
 
 
 def command(name, out):
@@ -404,6 +405,27 @@ def tables(args):
             print("|", " | ".join(map(str, cells)), "|")
 
 
+def ratios(args):
+    """Means over the epochs of the log-ratio before and after GRPO-Guard's normalisation, and of its gradient."""
+    names = ("raw_log_ratio", "raw_log_ratio_std", "log_ratio", "log_ratio_std", "gradient_scale")
+    print("| step |", " | ".join(names), "|\n|" + "---|" * (len(names) + 1))
+    tables = []
+    for path in args.files:
+        with open(path, newline="") as file:
+            tables.append(list(csv.DictReader(file)))
+    for k in range(100):
+        cells = []
+        for name in names:
+            columns = [
+                [float(row[f"train/{name}@{k}"]) for row in rows if row.get(f"train/{name}@{k}")] for rows in tables
+            ]
+            means = [statistics.mean(column) for column in columns if column]
+            if means:
+                cells.append(f"{statistics.mean(means):.2g} ({min(means):.2g} to {max(means):.2g})")
+        if cells:
+            print("|", k, "|", " | ".join(cells), "|")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True)
@@ -420,6 +442,9 @@ def main():
     for verb in (show, runs):
         verb.add_argument("--out", default=f"runs/claims-{SCALE}")
     verbs.add_parser("table").set_defaults(do=tables)
+    of_steps = verbs.add_parser("ratios")
+    of_steps.add_argument("files", nargs="+")
+    of_steps.set_defaults(do=ratios)
     args = parser.parse_args()
     args.do(args)
 
