@@ -32,6 +32,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import traceback
 from collections import defaultdict
@@ -678,6 +679,7 @@ def pick_device(args):
         torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cuda" and world() > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
@@ -900,63 +902,70 @@ class _Recorded:
     """
 
     PLAIN = (type(None), bool, int, float, str, torch.dtype)
-    MOST = 64  # calls to remember
+    MOST = 16  # calls to remember
+    alone = threading.Lock()
+    """Held while a call is recorded, and while a reward is computed in its thread: a GPU's other work can spoil it."""
 
     def __init__(self, function, network):
         self.function, self.network = function, network
-        self.graphs, self.memory = {}, None  # {call: None, (graph, inputs, outputs), or False where that failed}
+        self.known = {}  # {call: "once" when it was seen once, then (graph, inputs, outputs), or "never"}
+        self.stream = self.memory = None  # the same for all graphs, which so share what they need for a while
 
     def __call__(self, *args, **kwargs):
         leaves, tree = tree_flatten((args, kwargs))
-        given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        key = self.key(leaves, tree, given)
-        if key not in self.graphs:
-            self.graphs = dict(list(self.graphs.items())[1 - self.MOST :])
-            self.graphs[key] = False if key is None else None
+        key = self.key(leaves, tree)
+        if key is None:
             return self.function(*args, **kwargs)
-        if self.graphs[key] is None:
-            inputs = [tensor.clone() for tensor in given]
-            copies = iter(inputs)
-            leaves = [next(copies) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-            self.graphs[key] = self.record(*tree_unflatten(leaves, tree), inputs)
-        if not self.graphs[key]:
+        state = self.known.pop(key, None)  # and back again: those longest unused are the first
+        if state == "once":
+            state = self.record(leaves, tree)
+        self.known[key] = state or "once"
+        if len(self.known) > self.MOST:
+            self.known.pop(next(iter(self.known)))
+        if not isinstance(state, tuple):
             return self.function(*args, **kwargs)
-        graph, inputs, outputs = self.graphs[key]
-        for own, tensor in zip(inputs, given, strict=True):
-            own.copy_(tensor)
+        graph, inputs, outputs = state
+        for own, leaf in zip(inputs, leaves, strict=True):
+            if isinstance(leaf, torch.Tensor):
+                own.copy_(leaf)
         graph.replay()
         return tree_map_only(torch.Tensor, torch.clone, outputs)
 
-    def key(self, leaves, tree, given):
-        parameters = [*self.network.parameters(), *self.network.buffers()]
+    def key(self, leaves, tree):
+        """What a call is known by; None if it cannot be recorded."""
+        given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         fixed = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
+        parameters = [*self.network.parameters(), *self.network.buffers()]
         if any(type(leaf) not in self.PLAIN for leaf in fixed) or self.network.is_gradient_checkpointing:
             return None
         if any(isinstance(t, DTensor) or t.device.type != "cuda" for t in (*given, *parameters)):
+            return None
+        if any(t.device.index != torch.cuda.current_device() for t in (*given, *parameters)):
             return None
         tensors = tuple((t.shape, t.stride(), t.dtype) for t in given)
         mode = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), self.network.training
         return str(tree), tuple(fixed), tensors, mode, tuple(p.data_ptr() for p in parameters)
 
-    def record(self, args, kwargs, inputs):
-        """(graph, inputs, outputs); False where the network waits for the GPU, which no graph can."""
-        torch.cuda.synchronize()
-        self.memory = self.memory or torch.cuda.graph_pool_handle()
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        torch.clear_autocast_cache()  # of halves made before, which are gone when the graph is replayed
-        with torch.cuda.stream(stream):
-            graph.capture_begin(self.memory, capture_error_mode="thread_local")  # rewards are computed meanwhile
+    def record(self, leaves, tree):
+        """(graph, inputs, outputs); "never" where the network waits for the GPU, which no graph can."""
+        inputs = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        args, kwargs = tree_unflatten(inputs, tree)
+        with self.alone:
+            torch.cuda.set_sync_debug_mode("error")  # a recording that fails would leave torch's allocator in disorder
             try:
-                outputs = self.function(*args, **kwargs)
-                graph.capture_end()
+                self.function(*args, **kwargs)
             except RuntimeError as error:
-                with suppress(RuntimeError):
-                    graph.capture_end()
                 print(f"sampling without CUDA graphs: {str(error).splitlines()[0]}", flush=True)
-                return False
+                return "never"
             finally:
-                torch.clear_autocast_cache()
-        torch.cuda.current_stream().wait_stream(stream)
+                torch.cuda.set_sync_debug_mode("default")
+            if tuple not in map(type, self.known.values()):  # torch gives up the memory of graphs that are all gone
+                self.stream, self.memory = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            torch.clear_autocast_cache()  # of halves made before, which are gone when the graph is replayed
+            with torch.cuda.graph(graph, self.memory, self.stream, capture_error_mode="thread_local"):
+                outputs = self.function(*args, **kwargs)
+            torch.clear_autocast_cache()
         return graph, inputs, outputs
 
 
@@ -1549,7 +1558,11 @@ class Judge:
         """Score these images next. Raises here what the reward raised for the last ones: the run ends at once."""
         if self.calls:
             self.calls[-1].result()
-        self.calls.append(self.thread.submit(self.reward, images, prompts))
+        self.calls.append(self.thread.submit(self._score, images, prompts))
+
+    def _score(self, images, prompts):
+        with _Recorded.alone:
+            return self.reward(images, prompts)
 
     def scores(self):
         """{"name": (N,), ..., "total": (N,)} of all that was submitted since the last time, in that order.

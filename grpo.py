@@ -387,8 +387,8 @@ def main():
 
 def first_step_contract(run, pipe, train, parameters, reference, rollouts, totals):
     """Print what must hold before the first update, and stop the run if it does not."""
-    with torch.no_grad():
-        log_ratios = [replay(pipe, rollouts[0], k)[1].log_prob - old.log_prob for k, old in rollouts[0].steps.items()]
+    steps = rollouts[0].steps.items()
+    log_ratios = [(replay(pipe, rollouts[0], k)[1].log_prob - old.log_prob).detach() for k, old in steps]
     log_ratio = torch.stack(log_ratios).abs().max().item()
     run.contract("max |log ratio| before the first update, first call", log_ratio, log_ratio == 0)
     if reference:

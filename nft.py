@@ -368,10 +368,9 @@ def first_step_contract(run, pipe, train, parameters, old, reference, rollouts, 
     """Print what must hold before the first update, and stop the run if it does not."""
     k = drawn_steps(train, 1)[0]
     x = rollouts[0].noise
-    with torch.no_grad():
-        v = replay(pipe, rollouts[0], k, x)[0]
-        with old.loaded():
-            distance = (replay(pipe, rollouts[0], k, x)[0] - v).abs().max().item()
+    v = replay(pipe, rollouts[0], k, x)[0].detach()
+    with torch.no_grad(), old.loaded():
+        distance = (replay(pipe, rollouts[0], k, x)[0] - v).abs().max().item()
     run.contract("max |v - v_old| before the first update", distance, distance == 0)
     if reference:
         # at the base model the penalty and its gradient are 0, so look from a little beside it
