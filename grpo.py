@@ -10,7 +10,7 @@ base model.
     CPS         arXiv 2509.05952   --train.dynamics-type CPS --train.noise-level 0.8
     MixGRPO     arXiv 2507.21802   --train.train-steps 1 2 3 --train.num-train-steps 1   (SDE in one, ODE elsewhere)
                 window             --train.shift-interval 25         (it moves on by a step every 25 epochs)
-                Flash              --train.tail-steps 3              (fewer steps after the last SDE step)
+                Flash              --train.tail-steps 5              (fewer steps after the last SDE step)
     TempFlow    arXiv 2508.04324   --train.loss-weighting noise-aware                    (its weights)
     PaCo-RL     arXiv 2512.04784   --train.resolution 32 --eval.resolution 64            (low-resolution training)
 
@@ -19,7 +19,7 @@ dimensions, not the sum, as in all released codes: that is what makes clip range
 standard deviation of the advantage is the group's (the paper's equation 4); its code takes that of all rewards, as
 does the option train.global-std. The KL penalty is a squared distance of velocities or of means (as in Flow-Factory);
 the exact KL of the two Gaussians, per dimension, is logged beside it. The last step is sampled by the ODE and not
-trained.
+trained, unless train_steps names it.
 
     python grpo.py                                         the embedded model, on the machine in front of you
     python grpo.py --model stabilityai/stable-diffusion-3.5-medium --prompts prompts.txt --reward mine.py:f=1
@@ -86,7 +86,7 @@ class TrainArgs:
     # The loss
 
     clip_range: float = 1e-4
-    """The ratio counts within 1 ± this; it is the ratio of a mean log-density over dimensions, so this is small."""
+    """The ratio counts within 1 ± this, which is small because log-densities are averaged over dimensions."""
     adv_clip_range: float = 5.0
     """Advantages are clipped to ± this."""
     global_std: bool = False
@@ -171,9 +171,9 @@ def check(args):
     if train.shift_interval is not None and train.num_train_steps is None:
         remedy = "moves a window of train.num_train_steps steps, which is None; set that too (MixGRPO has 4)"
         refuse("train.shift_interval", train.shift_interval, remedy)
-    earliest = sorted(steps)[(train.num_train_steps or len(steps)) - 1]
-    if train.tail_steps is not None and not 1 <= train.tail_steps <= last - earliest:
-        remedy = f"the last stochastic step is {earliest} or later, and after it come at most {last - earliest} steps"
+    earliest_last = sorted(steps)[(train.num_train_steps or len(steps)) - 1]
+    if train.tail_steps is not None and not 1 <= train.tail_steps <= last - earliest_last:
+        remedy = f"the last stochastic step is {earliest_last} or later, and after it come at most {last - earliest_last} steps"
         refuse("train.tail_steps", train.tail_steps, f"{remedy}; take 1 to that many, or None")
     for key, value, checked in checks:
         with common.refusing(key, value):
@@ -328,7 +328,8 @@ def main():
                 generator=generators(*start_seeds),
                 **args.call,
             )
-            noise, sibling = generators(*step_seeds), rollouts[-1] if rollouts else None
+            noise = generators(*step_seeds)
+            sibling = rollouts[-1] if rollouts else None  # whose ODE steps before the SDE are shared, if it began alike
             tape = rollout(
                 pipe, call, train.dynamics_type, train.noise_level, steps, noise, train.tail_steps,
                 texts=texts, sibling=sibling,

@@ -1,9 +1,10 @@
 """GRPO-Guard: Flow-GRPO with a ratio that is not biased, and steps that weigh alike (arXiv 2510.22319).
 
-The same as grpo.py but for what is marked "new in GRPO-Guard". A step is x' = μ_old + τ ε. With Δμ = μ − μ_old the log
-of the true ratio is ε·Δμ/τ − |Δμ|²/2τ²: under the old policy its mean is −|Δμ|²/2τ², always negative and different from
-step to step, so clipping bites on one side only. (The true ratio has mean 1 all the same; but grpo.py, like all
-released codes, takes the mean over D dimensions, and the D-th root of a ratio of mean 1 has a mean below 1.)
+The same as grpo.py but for what is marked "new in GRPO-Guard", and without what only other dynamics need. A step is
+x' = μ_old + τ ε. With Δμ = μ − μ_old the log of the true ratio is ε·Δμ/τ − |Δμ|²/2τ²: under the old policy its mean is
+−|Δμ|²/2τ², always negative and different from step to step, so clipping bites on one side only. (The true ratio has mean
+1 all the same; but grpo.py, like all released codes, takes the mean over D dimensions, and the D-th root of a ratio of
+mean 1 has a mean below 1.)
 
     RatioNorm     log r = τ (log-prob difference + mean Δμ² / 2τ²) = mean(ε Δμ) has mean 0, a spread without τ in it,
                   and is linear in μ. It is computed as mean(ε Δμ): the difference of log-probs loses it in rounding.
@@ -74,7 +75,7 @@ class TrainArgs:
 
     # The loss
 
-    clip_range: float = 2e-6
+    clip_range: float = 2e-6  # new in GRPO-Guard
     """The normalised ratio counts within 1 ± this; 2e-6 for GenEval and OCR, 4e-6 for PickScore."""
     adv_clip_range: float = 5.0
     """Advantages are clipped to ± this."""
@@ -87,7 +88,7 @@ class TrainArgs:
     kl_type: Literal["v-based", "x-based"] = "v-based"
     """The penalty: mean (v − v_ref)² or mean (mean − mean_ref)². In Flow-SDE the second is (h (1 + a²/2))²
     times the first (h² in the first step)."""
-    kl_beta: float = 0.0
+    kl_beta: float = 0.0  # new in GRPO-Guard
     """Weight of the KL penalty; 0 keeps no copy of the base model. Flow-GRPO's own 0.04 weighs mean Δμ² / 2g², which on
     SD3.5's schedule is 15000 (first step) to 3 times (ninth) smaller than the v-based penalty: tune it anew."""
     ref_param_device: Literal["same_as_model", "cpu"] = "same_as_model"
@@ -101,7 +102,7 @@ class TrainArgs:
     """Optimizer steps in one pass over an epoch's images; after the first the policy is no longer that of sampling."""
     num_inner_epochs: int = 1
     """Passes over an epoch's images."""
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-4  # new in GRPO-Guard
     """Of AdamW, constant."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """Decay of AdamW's first and second moments."""
@@ -156,9 +157,9 @@ def check(args):
     if train.shift_interval is not None and train.num_train_steps is None:
         remedy = "moves a window of train.num_train_steps steps, which is None; set that too (MixGRPO has 4)"
         refuse("train.shift_interval", train.shift_interval, remedy)
-    earliest = sorted(steps)[(train.num_train_steps or len(steps)) - 1]
-    if train.tail_steps is not None and not 1 <= train.tail_steps <= last - earliest:
-        remedy = f"the last stochastic step is {earliest} or later, and after it come at most {last - earliest} steps"
+    earliest_last = sorted(steps)[(train.num_train_steps or len(steps)) - 1]
+    if train.tail_steps is not None and not 1 <= train.tail_steps <= last - earliest_last:
+        remedy = f"the last stochastic step is {earliest_last} or later, and after it come at most {last - earliest_last} steps"
         refuse("train.tail_steps", train.tail_steps, f"{remedy}; take 1 to that many, or None")
     for key, value, checked in checks:
         with common.refusing(key, value):
@@ -314,7 +315,8 @@ def main():
                 generator=generators(*start_seeds),
                 **args.call,
             )
-            noise, sibling = generators(*step_seeds), rollouts[-1] if rollouts else None
+            noise = generators(*step_seeds)
+            sibling = rollouts[-1] if rollouts else None  # whose ODE steps before the SDE are shared, if it began alike
             tape = rollout(
                 pipe, call, train.dynamics_type, train.noise_level, steps, noise, train.tail_steps,
                 texts=texts, sibling=sibling,

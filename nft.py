@@ -264,7 +264,8 @@ def main():
     )
     checkpoint = common.Checkpoint(run, named, optimizer, old=old, reference=reference, ema=ema)
     prompts = common.read_prompts(args.prompts)
-    tail_steps = train.num_inference_steps if train.solver == "DPM-Solver++" else None  # all: no step before is noisy
+    # DPM-Solver++ takes the steps after the last noisy one; the ODE has none, so these are all
+    tail_steps = train.num_inference_steps if train.solver == "DPM-Solver++" else None
     noisy_steps = range(train.num_inference_steps - 1) if train.dynamics_type != "ODE" else ()
     common.print_plan(run, args, parameters, trained_steps=len(drawn_steps(train, 1)), networks=2 + bool(reference))
 
