@@ -171,9 +171,9 @@ def check(args):
     if train.shift_interval is not None and train.num_train_steps is None:
         remedy = "moves a window of train.num_train_steps steps, which is None; set that too (MixGRPO has 4)"
         refuse("train.shift_interval", train.shift_interval, remedy)
-    earliest_last = sorted(steps)[(train.num_train_steps or len(steps)) - 1]
-    if train.tail_steps is not None and not 1 <= train.tail_steps <= last - earliest_last:
-        remedy = f"the last stochastic step is {earliest_last} or later, and after it come at most {last - earliest_last} steps"
+    most = last - sorted(steps)[(train.num_train_steps or len(steps)) - 1]
+    if train.tail_steps is not None and not 1 <= train.tail_steps <= most:
+        remedy = f"the last stochastic step is {last - most} or later, and after it come at most {most} steps"
         refuse("train.tail_steps", train.tail_steps, f"{remedy}; take 1 to that many, or None")
     for key, value, checked in checks:
         with common.refusing(key, value):

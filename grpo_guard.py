@@ -2,9 +2,9 @@
 
 The same as grpo.py but for what is marked "new in GRPO-Guard", and without what only other dynamics need. A step is
 x' = μ_old + τ ε. With Δμ = μ − μ_old the log of the true ratio is ε·Δμ/τ − |Δμ|²/2τ²: under the old policy its mean is
-−|Δμ|²/2τ², always negative and different from step to step, so clipping bites on one side only. (The true ratio has mean
-1 all the same; but grpo.py, like all released codes, takes the mean over D dimensions, and the D-th root of a ratio of
-mean 1 has a mean below 1.)
+−|Δμ|²/2τ², always negative and different from step to step, so clipping bites on one side only. (The true ratio has
+mean 1 all the same; but grpo.py, like all released codes, takes the mean over D dimensions, and the D-th root of a
+ratio of mean 1 has a mean below 1.)
 
     RatioNorm     log r = τ (log-prob difference + mean Δμ² / 2τ²) = mean(ε Δμ) has mean 0, a spread without τ in it,
                   and is linear in μ. It is computed as mean(ε Δμ): the difference of log-probs loses it in rounding.
@@ -157,9 +157,9 @@ def check(args):
     if train.shift_interval is not None and train.num_train_steps is None:
         remedy = "moves a window of train.num_train_steps steps, which is None; set that too (MixGRPO has 4)"
         refuse("train.shift_interval", train.shift_interval, remedy)
-    earliest_last = sorted(steps)[(train.num_train_steps or len(steps)) - 1]
-    if train.tail_steps is not None and not 1 <= train.tail_steps <= last - earliest_last:
-        remedy = f"the last stochastic step is {earliest_last} or later, and after it come at most {last - earliest_last} steps"
+    most = last - sorted(steps)[(train.num_train_steps or len(steps)) - 1]
+    if train.tail_steps is not None and not 1 <= train.tail_steps <= most:
+        remedy = f"the last stochastic step is {last - most} or later, and after it come at most {most} steps"
         refuse("train.tail_steps", train.tail_steps, f"{remedy}; take 1 to that many, or None")
     for key, value, checked in checks:
         with common.refusing(key, value):
