@@ -9,10 +9,10 @@
 All of them exist in two sizes: one for a GPU, and with SCALE=cpu in the environment one for two CPU cores, where a run
 is the script as it comes plus the flags of the claim, and takes two to six minutes.
 
-A run is its script with the flags that `show` prints, then four evaluations of its last weights on the held-out
-prompts (10 and 40 steps, without guidance and with 3). `run --parallel 16 --gpus 2` does many at once on the GPUs; a
-run that is finished is not repeated; what is cut off by `--seconds` begins anew. A run leaves NAME.csv, which is its
-metrics.csv, and a row of finals.csv for each evaluation, in docs/results/claims-gpu/ or -cpu/.
+A run is its script with the flags that `show` prints, then evaluations of its last weights on the held-out prompts (10
+and 40 steps; on a GPU without guidance and with 3). `run --parallel 16 --gpus 2` does many at once on the GPUs; what is
+cut off by `--seconds` begins anew. A run leaves NAME.csv, which is its metrics.csv, and a row of finals.csv for each
+evaluation, in docs/results/claims-gpu/ or -cpu/; one that is there is only repeated with `--again`.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,10 +35,12 @@ SCALE = os.environ.get("SCALE", "gpu")
 KEPT = HERE / "results" / f"claims-{SCALE}"
 SEEDS = (0, 1, 2)
 CPU = SCALE == "cpu"
+if SCALE not in ("gpu", "cpu"):
+    sys.exit(f"error: SCALE={SCALE} should be gpu or cpu")
 
 # On a GPU: 48 prompts x 24 = 1152 images an epoch, 30 epochs, evaluated every 2 epochs. On a CPU: the scripts' own
 # defaults for the embedded model, 32 x 16 = 512 images an epoch, 10 epochs, evaluated after 5 and 10. Both: full
-# fine-tuning from the same base model without guidance, evaluated on 96 held-out prompts x 4.
+# fine-tuning from the same base model without guidance, evaluated on 96 held-out prompts x 4 (x 1 at last on a CPU).
 GPU_WORLD = {
     "train.unique_sample_num_per_epoch": 48, "train.group_size": 24, "train.max_epochs": 30,
     "eval.images_per_prompt": 4, "eval.per_device_batch_size": 384, "eval.eval_freq": 2, "checkpoint_freq": 1000,
@@ -215,7 +218,9 @@ def run_all(args):
     """Run what was chosen and is not done, `--parallel` at a time, and keep what each leaves."""
     started, out = time.time(), Path(args.out)
     KEPT.mkdir(parents=True, exist_ok=True)
-    names = [name for name in chosen(args.names) if not (KEPT / f"{name}.csv").exists()]
+    names = [name for name in chosen(args.names) if args.again or not (KEPT / f"{name}.csv").exists()]
+    if kept := len(chosen(args.names)) - len(names):
+        print(f"{kept} of these runs are in {KEPT} already; --again repeats them")
     names.sort(key=lambda name: -RUNS[name][1]["train.max_epochs"] * forwards(name))  # the longest first
     numbers, one_at_a_time, running = iter(range(10**6)), threading.Lock(), {}
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")[: args.gpus]
@@ -437,6 +442,7 @@ def main():
     runs.add_argument("names", nargs="+")
     runs.add_argument("--parallel", type=int, default=1, help="runs at a time")
     runs.add_argument("--gpus", type=int, default=0, help="share the runs out to so many GPUs")
+    runs.add_argument("--again", action="store_true", help="repeat those that are kept already")
     runs.add_argument("--seconds", type=float, default=float("inf"), help="end what still runs then")
     runs.set_defaults(do=run_all)
     for verb in (show, runs):
@@ -446,6 +452,9 @@ def main():
     of_steps.add_argument("files", nargs="+")
     of_steps.set_defaults(do=ratios)
     args = parser.parse_args()
+    if getattr(args, "parallel", 1) < 1:
+        sys.exit(f"error: --parallel {args.parallel}: take at least 1")
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for | head
     args.do(args)
 
 
