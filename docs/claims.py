@@ -404,7 +404,7 @@ def tables(args):
                     spread([n / 1000 for n in images], 1),
                     spread([n * forwards(done[0]) / 1e6 for n in images], 2),
                 ]
-            cells += [spread([float(end[how]["accuracy"]) for end in ends]) for how in FINALS[1:]]
+            cells += [spread([float(end[how]["accuracy"]) for end in ends if how in end]) for how in FINALS[1:]]
             looks = [evaluations(seed, "eval/image/group_spread") for seed in done]
             cells += [f"{statistics.mean(list(look.values())[-1] for look in looks):.3f}"]
             print("|", " | ".join(map(str, cells)), "|")
