@@ -347,6 +347,14 @@ def test_a_fault_in_a_pipeline_that_is_not_the_calls_is_shown_whole(start, monke
     assert "continue with" in raised.value.__notes__[0]
 
 
+def test_every_process_knows_the_rows(monkeypatch):
+    """By which it tells whether something was trained."""
+    run = SimpleNamespace(started=0, rows=[], skipped=0)
+    monkeypatch.setattr(common, "rank", lambda: 1)
+    common.Run.log(run, {"epoch": 1, "images": 2})
+    assert len(run.rows) == 1
+
+
 @pytest.mark.parametrize("begun", [False, True], ids=["help", "run"])
 def test_a_closed_stdout_ends_a_script_in_a_line(monkeypatch, begun):
     reader, writer = os.pipe()
