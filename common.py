@@ -599,14 +599,14 @@ def check_args(args):
             f"per_device_batch_size); one of {good} would, or another train.per_device_batch_size",
         )  # fmt: skip
 
+    if world() > 1 and args.device not in ("auto", "cuda", "cpu"):
+        refuse("device", args.device, "each process has a device of its own; auto, cuda or cpu would do")
     if args.device != "auto":
         try:
             torch.zeros(1, device=args.device).cpu()  # which a device without memory, meta, refuses
         except (RuntimeError, AssertionError) as error:
             refuse("device", args.device, str(error).splitlines()[0])
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if world() > 1 and args.device not in ("auto", "cuda", "cpu"):
-        refuse("device", args.device, "each process has a device of its own; auto, cuda or cpu would do")
     if world() > 1 and gpus and args.device != "cpu" and local > gpus:
         refuse("--nproc-per-node", local, f"each process takes a GPU, and this machine has {gpus}")
     for key, package in (("track", "wandb"), ("tensorboard", "tensorboard")):
@@ -2404,10 +2404,11 @@ def start(main):
                     f"cannot write in {Run.current.folder}, where older checkpoints are whole: {error}"
                 ) from error
             if _of_the_call(error, Run.current):
-                with suppress(OSError), open(Run.current.folder / "log.txt", "a") as log:
+                path = Run.current.folder / "log.txt"
+                with suppress(OSError), open(path, "a") as log:
                     traceback.print_exception(error, file=log)
-                what = " ".join(f"{type(error).__name__}: {error}".split())
-                remedy = f"the pipeline fails on what it is given: {textwrap.shorten(what, 500)} (in full: {log.name})"
+                what = textwrap.shorten(f"{type(error).__name__}: {error}", 500)
+                remedy = f"the pipeline fails on what it is given: {what} (in full: {path})"
                 refuse("call", Run.current.args.call, remedy)
             error.add_note(f"continue with: {Run.current.command}")
             raise
