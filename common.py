@@ -42,7 +42,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, Optional, Union
+from typing import Annotated, Literal, NoReturn, Optional, Union, get_args
 
 import diffusers
 import numpy as np
@@ -169,8 +169,19 @@ for kind in (yaml.SafeLoader, yaml.SafeDumper):  # 1e-4 is a number in YAML 1.2,
     kind.add_implicit_resolver("tag:yaml.org,2002:float", exponential, list("-+.0123456789"))
 
 
+def _from_yaml(text):
+    """What a YAML text says; a ValueError where it is none, or has itself as a part."""
+    try:
+        value = yaml.safe_load(text)
+        json.dumps(value, default=str, skipkeys=True)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(error) from error
+    return value
+
+
 def _pairs(value_type):
     """`--flag name=value name=value` as a dict; the values are read as YAML."""
+    convert, kind = (float, "a number") if value_type is float else (_from_yaml, "YAML")
 
     def parse(tokens):
         pairs = {}
@@ -181,9 +192,9 @@ def _pairs(value_type):
             if name in pairs:
                 raise ValueError(f"{name!r} is given twice")
             try:
-                pairs[name] = float(value) if value_type is float else yaml.safe_load(value)
-            except yaml.YAMLError as error:
-                raise ValueError(f"the value of {token!r} is not YAML: {error}") from error
+                pairs[name] = convert(value)
+            except ValueError as error:
+                raise ValueError(f"the value of {token!r} is not {kind}: {error}") from error
         return pairs
 
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -326,6 +337,9 @@ def parse_args(Args, description, argv=None):
     for flags in (["--model"], ["--config"], ["--resume"], ["--output-dir", "--output_dir"]):
         files.add_argument(*flags, nargs="?")  # of one without a value tyro speaks
     known, _ = files.parse_known_args(argv)
+    for name in ("config", "resume"):
+        if getattr(known, name) == "":
+            refuse(f"--{name}", "", "names nothing; leave it out, or give it a value")
     args = Args()
     trainer = args.train.trainer_type
 
@@ -336,7 +350,9 @@ def parse_args(Args, description, argv=None):
         run = find_run(known.resume, known.output_dir or args.output_dir)
         lowest = run / "args.yaml"
         defaults = _read_yaml("resume", lowest, trainer, Args)
-    elif lowest.is_file():
+        if not defaults:
+            refuse("--resume", str(lowest), "is empty; put back what the run wrote there")
+    elif os.path.isfile(lowest):
         defaults = _read_yaml("model", lowest, trainer, Args)
         for section in (defaults, defaults.get("eval", {})):
             if section.get("prompts"):  # a model folder names files beside itself
@@ -354,7 +370,8 @@ def parse_args(Args, description, argv=None):
         if source != layers[-1][0] and not tokens:
             continue
         try:
-            args = tyro.cli(Args, description=description, args=tokens, default=args)
+            with _heard():  # --help
+                args = tyro.cli(Args, description=description, args=tokens, default=args)
         except SystemExit as exit:
             if exit.code and source != layers[-1][0]:
                 print(f"error: the box above is about {source}", file=sys.stderr)
@@ -372,7 +389,7 @@ def parse_args(Args, description, argv=None):
         if args.run_name not in (None, run.name):
             refuse("run_name", args.run_name, f"--resume continues {run} under its own name; leave it out")
         args.model, args.prompts, args.eval.prompts = (recorded[key] for key in ("model", "prompts", "eval.prompts"))
-        began = yaml.safe_load((run / "environment.yaml").read_text()).get("folder", "")
+        began = _began(run)["folder"]
         if began != os.getcwd() and os.path.isdir(began):  # from there a user named reward files
             run = Path(os.path.abspath(run))
             os.chdir(began)
@@ -383,18 +400,28 @@ def parse_args(Args, description, argv=None):
 def find_run(name, output_dir):
     """The folder of a run, given itself or its name in output_dir."""
     for folder in (Path(name), Path(output_dir) / name):
-        if (folder / "args.yaml").is_file():
-            if not (folder / "environment.yaml").is_file():
-                refuse("resume", name, f"{folder}/environment.yaml, what the run began with, is missing; put it back")
+        if os.path.isfile(folder / "args.yaml"):
             return folder
     refuse("resume", name, f"there is no run: neither {name} nor {Path(output_dir) / name} has an args.yaml")
+
+
+def _began(run):
+    """The environment that a run began in, from its folder."""
+    path = run / "environment.yaml"
+    with refusing("--resume", str(path)):
+        began = _from_yaml(read_text("--resume", path))
+    mapping = isinstance(began, dict) and isinstance(began.get("files"), dict)
+    known = {**began, **began["files"]} if mapping else {}
+    if not {"prompts", "eval.prompts", "script", "started"} <= known.keys() or not isinstance(known.get("folder"), str):
+        refuse("--resume", str(path), "does not say what the run began with; put back what the run wrote there")
+    return began
 
 
 def _read_yaml(key, path, trainer, Args):
     """The settings of a YAML file, with what it says under `trainers` for this trainer folded in."""
     try:
-        settings = yaml.safe_load(read_text(f"--{key}", path)) or {}
-    except yaml.YAMLError as error:
+        settings = _from_yaml(read_text(f"--{key}", path)) or {}
+    except ValueError as error:
         refuse(f"--{key}", str(path), f"not a YAML file: {error}")
     trainers = settings.pop("trainers", None) or {} if isinstance(settings, dict) else None
     own = trainers.get(trainer) or {} if isinstance(trainers, dict) else None
@@ -440,6 +467,11 @@ def _check_keys(settings, cls, path, prefix=""):
             if not isinstance(value, dict):
                 refuse(key, value, f"in {path} should be a mapping of keys to values")
             _check_keys(value, types[name], path, f"{key}.")
+        elif value is None and name not in PAIRS and type(None) not in get_args(types[name]):
+            refuse(key, None, f"cannot be null in {path}; leave it out, or give it a value")
+
+
+PAIRS = ("call", "reward", "reward_options")
 
 
 def _tokens(settings, prefix=""):
@@ -447,8 +479,8 @@ def _tokens(settings, prefix=""):
     tokens = []
     for name, value in settings.items():
         flag = f"--{prefix}{name}".replace("_", "-")
-        value = {} if value is None and name in ("call", "reward", "reward_options") else value
-        if isinstance(value, dict) and name not in ("call", "reward", "reward_options"):
+        value = {} if value is None and name in PAIRS else value
+        if isinstance(value, dict) and name not in PAIRS:
             tokens += _tokens(value, f"{prefix}{name}.")
         elif isinstance(value, dict):
             tokens += [flag, *(f"{key}={json.dumps(item, default=str)}" for key, item in value.items())]
@@ -477,6 +509,12 @@ AT_LEAST = {
     0: "train.max_epochs train.learning_rate train.kl_beta train.ema_decay train.guidance_scale train.adam_epsilon "
     "train.adam_weight_decay train.seed train.old_decay_start train.old_decay_slope eval.guidance_scale eval.seed",
 }
+AT_MOST = {
+    2**32 - 1: "train.seed eval.seed",
+    4096: "cpu_threads",
+    10_000: "lora_rank train.num_inference_steps train.num_inner_epochs eval.num_inference_steps",
+}
+MOST_IMAGES = 1_000_000  # of an epoch, or of an evaluation
 ABOVE_0 = "lora_alpha train.clip_range train.adv_clip_range train.max_grad_norm"
 OF_THE_CALL = (
     *("prompt", "height", "width", "num_inference_steps", "guidance_scale", "generator", "latents"),
@@ -500,6 +538,10 @@ def check_args(args):
         for key in keys.split():
             if flat.get(key) is not None and flat[key] < least:
                 refuse(key, flat[key], f"must be at least {least}")
+    for most, keys in AT_MOST.items():
+        for key in keys.split():
+            if flat.get(key) is not None and flat[key] > most:
+                refuse(key, flat[key], f"must be at most {most}")
     for key in ABOVE_0.split():
         if key in flat and flat[key] <= 0:
             refuse(key, flat[key], "must be above 0")
@@ -519,8 +561,15 @@ def check_args(args):
         if levels is not None and (not isinstance(levels, list) or steps != {len(levels)}):
             remedy = "must be a list as long as train.num_inference_steps and eval.num_inference_steps are, both"
             refuse("call", f"{key}={levels}", remedy)
+        numbers = all(isinstance(level, (int, float)) for level in levels or ())
+        if not numbers or not all(a > b for a, b in itertools.pairwise([math.inf, *(levels or ()), 0])):
+            refuse("call", f"{key}={levels}", "must be numbers above 0, each below the one before it")
     prompts, batch = args.train.unique_sample_num_per_epoch, args.train.per_device_batch_size
-    images, updates = prompts * args.train.group_size // world(), args.train.gradient_step_per_epoch
+    images, updates = prompts * args.train.group_size, args.train.gradient_step_per_epoch
+    if images > MOST_IMAGES:
+        remedy = f"makes {images} images an epoch (x group_size); at most {MOST_IMAGES} will do"
+        refuse("train.unique_sample_num_per_epoch", prompts, remedy)
+    images = images // world()
     each = f" of each of {world()} processes" if world() > 1 else ""
     if prompts % world():
         nearest = max(1, round(prompts / world())) * world()
@@ -550,14 +599,14 @@ def check_args(args):
             f"per_device_batch_size); one of {good} would, or another train.per_device_batch_size",
         )  # fmt: skip
 
+    if world() > 1 and args.device not in ("auto", "cuda", "cpu"):
+        refuse("device", args.device, "each process has a device of its own; auto, cuda or cpu would do")
     if args.device != "auto":
         try:
-            torch.empty(0, device=args.device)
+            torch.zeros(1, device=args.device).cpu()  # which a device without memory, meta, refuses
         except (RuntimeError, AssertionError) as error:
             refuse("device", args.device, str(error).splitlines()[0])
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if world() > 1 and args.device not in ("auto", "cuda", "cpu"):
-        refuse("device", args.device, "each process has a device of its own; auto, cuda or cpu would do")
     if world() > 1 and gpus and args.device != "cpu" and local > gpus:
         refuse("--nproc-per-node", local, f"each process takes a GPU, and this machine has {gpus}")
     for key, package in (("track", "wandb"), ("tensorboard", "tensorboard")):
@@ -567,10 +616,14 @@ def check_args(args):
     if name is not None and (name in ("", ".", "..") or Path(name).name != name):
         refuse("run_name", name, "must be the name of a folder, without a path")
     folder = Path(args.output_dir) / (name or "")
-    free = not folder.exists() or folder.is_dir() and not any(folder.iterdir()) or came_to_nothing(folder)
+    free = not os.path.exists(folder) or folder.is_dir() and not any(folder.iterdir()) or came_to_nothing(folder)
     if name and not args.resume and not free:
         refuse("run_name", name, f"{folder} already holds a run; choose another name or remove it")
-    check_model(args)
+    try:
+        check_model(args)
+    except (AttributeError, LookupError, TypeError) as error:  # in what should be mappings and lists
+        reason = f"its model_index.json, or a config.json in it, is not diffusers' ({type(error).__name__}: {error})"
+        refuse("model", args.model, reason)
     if not args.prompts:
         refuse("prompts", args.prompts, "name a text file of training prompts, one a line")
     asked = {**args.reward, **args.eval.reward}
@@ -580,9 +633,13 @@ def check_args(args):
         ("reward_options", args.reward_options, (asked, (), args.reward_options)),
         ("prompts", args.prompts, (args.reward, read_prompts(args.prompts))),
     ]
+    key, path = ("eval.prompts", args.eval.prompts) if args.eval.prompts else ("prompts", args.prompts)
+    shown, each = read_prompts(path, key), args.eval.images_per_prompt
+    if len(shown) * each > MOST_IMAGES:
+        remedy = f"makes {len(shown) * each} images an evaluation ({len(shown)} prompts); at most {MOST_IMAGES} will do"
+        refuse("eval.images_per_prompt", each, remedy)
     if args.eval.prompts or args.eval.reward:
-        key, path = ("eval.prompts", args.eval.prompts) if args.eval.prompts else ("prompts", args.prompts)
-        checks.append((key, path, (asked, read_prompts(path, key))))
+        checks.append((key, path, (asked, shown)))
     return checks
 
 
@@ -602,19 +659,22 @@ def check_model(args):
         refuse("model", args.model, reason)
     with _quiet():
         pipeline = getattr(diffusers, str(index.get("_class_name")), None)
-    if pipeline is not None:
-        takes = inspect.signature(pipeline.__call__).parameters
-        for key, value in args.call.items():
-            if key not in takes:
-                near = difflib.get_close_matches(key, takes, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                refuse("call", key, f"{pipeline.__name__} takes no such argument{hint}")
-            annotation = str(takes[key].annotation)
-            if re.search("Tensor|Callable", annotation) and "float" not in annotation:  # nor a list[float] instead
-                refuse("call", key, "takes a tensor or a function, which cannot be written down; leave it out")
-            if isinstance(value, str) and not re.search("str|Any|_empty", annotation):
-                kind = getattr(takes[key].annotation, "__name__", annotation)
-                refuse("call", f"{key}={value}", f"{pipeline.__name__} takes {kind} there")
+    if not inspect.isclass(pipeline) or not issubclass(pipeline, DiffusionPipeline):
+        named = f"its model_index.json names the class {index.get('_class_name')!r}"
+        refuse("model", args.model, f"{named}, which is no pipeline of diffusers {diffusers.__version__}")
+    _, *takes = inspect.signature(pipeline.__call__).parameters.values()  # after self
+    takes = {parameter.name: parameter.annotation for parameter in takes}
+    for key, value in args.call.items():
+        if key not in takes:
+            near = difflib.get_close_matches(key, takes, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            refuse("call", key, f"{pipeline.__name__} takes no such argument{hint}")
+        annotation = str(takes[key])
+        if re.search("Tensor|Callable", annotation) and "float" not in annotation:  # nor a list[float] instead
+            refuse("call", key, "takes a tensor or a function, which cannot be written down; leave it out")
+        if isinstance(value, str) and not re.search("str|Any|_empty", annotation):
+            kind = getattr(takes[key], "__name__", annotation)
+            refuse("call", f"{key}={value}", f"{pipeline.__name__} takes {kind} there")
 
     try:
         parts = {
@@ -1769,7 +1829,7 @@ class Run:
                     (folder / "args.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
                     shutil.copy(script, folder)
             self._lock()
-            began = yaml.safe_load((self.folder / "environment.yaml").read_text())
+            began = _began(self.folder)
             notes = _compare(args, began, environment)
             checkpoint = newest_checkpoint(self)
             done = int(checkpoint.name.removeprefix("epoch_")) if checkpoint else 0
@@ -1818,20 +1878,20 @@ class Run:
         """A line on the console and in log.txt."""
         if rank():
             return
-        tqdm.write(str(line), file=sys.stdout)
-        sys.stdout.flush()
         with open(self.folder / "log.txt", "a") as log:
             log.write(f"{line}\n")
+        with _heard():
+            tqdm.write(str(line), file=sys.stdout)
 
     def log(self, row):
         """One row of metrics.csv ({column: number}), one console line with the most telling of them."""
-        if rank():
-            return
         seconds = round(time.time() - self.started, 2)
         row = {"epoch": row.pop("epoch"), "images": row.pop("images"), "seconds": seconds} | row
         if row["epoch"]:
             row["train/skipped"], self.skipped = self.skipped, 0
         self.rows.append(row)
+        if rank():
+            return
         self.write_metrics()
         for track in self.trackers:
             track(row)
@@ -1955,11 +2015,16 @@ def print_plan(run, args, parameters, trained_steps, networks, most_steps=None):
     replays = images * trained_steps * train.num_inner_epochs * networks
     run.print(
         f"training {sum(p.numel() for p in parameters):,} parameters ({args.finetune_type}) of {args.model}\n"
-        f"an epoch: {train.unique_sample_num_per_epoch} prompts x {train.group_size} = {images} images "
-        f"in {calls} calls of {train.per_device_batch_size}{by}; {updates} updates over {trained_steps} steps each;\n"
+        f"an epoch: {_count(train.unique_sample_num_per_epoch, 'prompt')} x {train.group_size} = {images} images in "
+        f"{_count(calls, 'call')} of {train.per_device_batch_size}{by}; {_count(updates, 'update')} over "
+        f"{_count(trained_steps, 'step')}{' each' if updates > 1 else ''};\n"
         f"          {'at most ' if most_steps else ''}{forwards:,} network evaluations to sample, {replays:,} to train"
         f"{' (true classifier-free guidance doubles both)' if train.guidance_scale > 1 else ''}"
     )
+
+
+def _count(number, what):
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 CONSOLE = ("reward/total", "zero_std", "group_spread", "kl", "clip_fraction", "v_old_distance", "v_ref_distance")
@@ -2332,16 +2397,51 @@ def start(main):
         except Exception as error:
             if Run.current is None:
                 raise
-            if isinstance(error, ValueError) and traceback.extract_tb(error.__traceback__)[-1].name == "check_inputs":
-                refuse("call", Run.current.args.call, f"the pipeline refuses what it is given: {error}")
             if isinstance(error, torch.OutOfMemoryError):
                 raise RunError(_out_of_memory(error, Run.current.args)) from error
             if isinstance(error, SafetensorError) or getattr(error, "errno", None) in NO_ROOM:
                 raise RunError(
                     f"cannot write in {Run.current.folder}, where older checkpoints are whole: {error}"
                 ) from error
+            if _of_the_call(error, Run.current):
+                path = Run.current.folder / "log.txt"
+                with suppress(OSError), open(path, "a") as log:
+                    traceback.print_exception(error, file=log)
+                what = textwrap.shorten(f"{type(error).__name__}: {error}", 500)
+                remedy = f"the pipeline fails on what it is given: {what} (in full: {path})"
+                refuse("call", Run.current.args.call, remedy)
             error.add_note(f"continue with: {Run.current.command}")
             raise
+
+
+def _of_the_call(error, run):
+    """Whether an error says that the pipeline cannot do what it was called with.
+
+    So it is where the pipeline's own check says so; and where anything goes wrong within a pipeline that was given more
+    than the model's own --call, as long as nothing was trained.
+    """
+    *_, (last, _) = frames = [*traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, ValueError) and last.f_code.co_name == "check_inputs":
+        return True
+    given = run.args.call and _said_by.get("call") != str(Path(run.args.model) / "defaults.yaml")
+    calls = [frame for frame, _ in frames if frame.f_code.co_name == "__call__"]
+    within = any(isinstance(frame.f_locals.get("self"), DiffusionPipeline) for frame in calls)
+    return given and within and len(run.rows) < 2  # that of epoch 0
+
+
+@contextmanager
+def _heard():
+    """Around what prints: where nobody reads it any more, as after `| head`, the script ends; a run says so."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # not at the interpreter's end
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left
+        if Run.current:
+            raise RunError("nobody reads the output any more") from None
+        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def _interrupt(number, frame):

@@ -1,6 +1,8 @@
+import contextlib
 import csv
 import functools
 import os
+import signal
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub client is imported
@@ -79,6 +81,17 @@ SMALL = [
 def read_csv(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+@contextlib.contextmanager
+def handlers_kept():
+    """Leaves the handlers of signals as they were, which common.start sets."""
+    kept = {number: signal.getsignal(number) for number in common.SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from conftest import SMALL, read_csv
+from conftest import SMALL, handlers_kept, read_csv
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 import common
@@ -222,6 +223,19 @@ REFUSALS = [
     ("--train.clip-range 0", "train.clip_range = 0.0", "above 0"),
     ("--train.ema-update-interval 0", "train.ema_update_interval = 0", "at least 1"),
     ("--train.seed -1", "train.seed = -1", "at least 0"),
+    ("--train.seed 4294967296", "train.seed = 4294967296", "at most 4294967295"),
+    ("--cpu-threads 100000000000000", "cpu_threads = 100000000000000", "at most 4096"),
+    ("--train.num-inference-steps 1000000000000", "train.num_inference_steps = 1000000000000", "at most 10000"),
+    (
+        "--train.unique-sample-num-per-epoch 1000000007",
+        "train.unique_sample_num_per_epoch = 1000000007",
+        "4000000028 images an epoch (x group_size); at most 1000000",
+    ),
+    (
+        "--eval.images-per-prompt 1000000000000",
+        "eval.images_per_prompt = 1000000000000",
+        "2000000000000 images an evaluation (2 prompts); at most 1000000",
+    ),
     ("--train.adam-betas 0.9 1", "train.adam_betas = (0.9, 1.0)", "below 1"),
     ("--train.num-inference-steps 0", "train.num_inference_steps = 0", "at least 1"),
     ("--train.num-inference-steps 1", "train.num_inference_steps = 1", "None is all but the last step, so none"),
@@ -234,6 +248,18 @@ REFUSALS = [
     ("--call callback_on_step_end=3", "call = 'callback_on_step_end'", "takes a tensor or a function"),
     ("--call sigmas=3", "call = 'sigmas=3'", "as long as train.num_inference_steps and eval.num_inference_steps"),
     ("--call sigmas=[1.0,0.5]", "call = 'sigmas=[1.0, 0.5]'", "must be a list as long"),  # as those of evaluation
+    ("--eval.num-inference-steps 4 --call sigmas=[a,b,c,d]", "sigmas=['a', 'b', 'c', 'd']", "must be numbers above 0"),
+    ("--eval.num-inference-steps 4 --call sigmas=[1,1,1,1]", "call = 'sigmas=[1, 1, 1, 1]'", "below the one before it"),
+    ("--eval.num-inference-steps 4 --call sigmas=[.2,.5,.7,1]", "sigmas=[0.2, 0.5, 0.7, 1]", "below the one before it"),
+    ("--eval.num-inference-steps 4 --call sigmas=[.inf,3,2,1]", "sigmas=[inf, 3, 2, 1]", "below the one before it"),
+    (
+        "--eval.num-inference-steps 4 --call timesteps=[3,2,1,0]",
+        "call = 'timesteps=[3, 2, 1, 0]'",
+        "must be numbers above 0",
+    ),
+    ("--call self=1", "call = 'self'", "takes no such argument"),
+    ("--call negative_prompt=2001-99-99", "negative_prompt=2001-99-99", "month must be in 1..12"),
+    ("--reward shapes=a", "shapes=a", "is not a number"),
     ("--run-name a/b", "run_name = 'a/b'", "without a path"),
     ("--reward shapes=nan", "reward shapes = nan", "finite"),
     ("--reward shapes=1 shapes=2", "shapes", "given twice"),
@@ -249,7 +275,12 @@ REFUSALS = [
     ("--prompts /tmp", "prompts = '/tmp'", "is a folder"),
     ("--config /tmp", "--config = '/tmp'", "is a folder"),
     ("--resume", "Missing value", "--resume"),
+    ("--resume=", "--resume = ''", "names nothing"),
+    ("--config=", "--config = ''", "names nothing"),
+    (f"--resume {'x' * 300}", "resume = 'xxx", "there is no run"),
+    (f"--model {'x' * 300}", "model = 'xxx", "no diffusers folder"),
     ("--device quantum", "device = 'quantum'", "quantum"),
+    ("--device meta", "device = 'meta'", "no data"),
     ("--train.dynamics-type Flow-ODE", "--train.dynamics-type", "Flow-SDE"),
     ("--train.trainer-type nft", "--train.trainer-type", "grpo"),
     ("--train.kl-betta 1", "--train.kl-betta", "--train.kl-beta"),
@@ -263,6 +294,10 @@ def test_refusals(refused, options, what, remedy):
     assert what in message and remedy in message
 
 
+def test_a_value_that_has_itself_as_a_part_is_refused(refused):
+    assert "Circular reference" in refused("--call", "negative_prompt=&a [*a]")
+
+
 def test_refusal_from_the_shell(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "grpo.py", "--train.group-size", "1"], capture_output=True, text=True, cwd=tmp_path
@@ -271,11 +306,78 @@ def test_refusal_from_the_shell(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_pipeline_refuses_is_refused_in_its_words(tmp_path):
-    """At the first evaluation, since only the pipeline knows."""
-    command = [sys.executable, ROOT / "grpo.py", "--call", "max_sequence_length=1000", "--output-dir", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "cannot be greater than 512" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    "call, options, said",
+    [
+        ("max_sequence_length=1000", "", "cannot be greater than 512"),  # the pipeline's own check
+        ("max_sequence_length=-1", "", "RuntimeError"),
+        ("max_sequence_length=1.5", "", "TypeError"),
+        ("max_sequence_length=[1]", "", "TypeError"),
+        ("clip_skip=99", "", "IndexError"),
+        ("joint_attention_kwargs=[1]", "", "AttributeError"),
+        ("negative_prompt=3", "--train.guidance-scale 3", "TypeError"),  # in epoch 1
+        ("negative_prompt=[a,b,c]", "--train.guidance-scale 3", "batch size"),
+    ],
+)
+def test_what_a_pipeline_cannot_do_with_a_call_is_refused_in_its_words(start, tmp_path, capsys, call, options, said):
+    """At its first call, since only the pipeline knows."""
+    with handlers_kept(), pytest.raises(SystemExit) as exit:
+        common.start(lambda: start(grpo, "--call", call, *options.split()))
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and message.startswith("error: call = {'max_sequence_length': ")
+    assert said in message and message.count("\n") == 1 and "continue with" not in message
+    assert "Traceback" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("epoch, options", [(1, ["--call", "negative_prompt=x"]), (0, [])], ids=["late", "not given"])
+def test_a_fault_in_a_pipeline_that_is_not_the_calls_is_shown_whole(start, monkeypatch, epoch, options):
+    """In an evaluation after training, or of a pipeline that was given no more than the model's own."""
+
+    def fail(*_, **__):
+        raise RuntimeError("a mistake")
+
+    def log_and_spoil(run, row, log=common.Run.log):
+        if row["epoch"] == epoch:
+            monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", fail)
+        log(run, row)
+
+    monkeypatch.setattr(common.Run, "log", log_and_spoil)
+    with handlers_kept(), pytest.raises(RuntimeError, match="a mistake") as raised:
+        common.start(lambda: start(grpo, *options))
+    assert "continue with" in raised.value.__notes__[0]
+
+
+def test_every_process_knows_the_rows(monkeypatch):
+    """By which it tells whether something was trained."""
+    run = SimpleNamespace(started=0, rows=[], skipped=0)
+    monkeypatch.setattr(common, "rank", lambda: 1)
+    common.Run.log(run, {"epoch": 1, "images": 2})
+    assert len(run.rows) == 1
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["help", "run"])
+def test_a_closed_stdout_ends_a_script_in_a_line(monkeypatch, begun):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed, handlers_kept(), pytest.raises(SystemExit) as exit:
+        monkeypatch.setattr(sys, "stdout", closed)
+        monkeypatch.setattr(common.Run, "current", SimpleNamespace(command="a command") if begun else None)
+        common.start(lambda: common.parse_args(grpo.Args, "", ["--help"]))
+    assert exit.value.code == ("error: nobody reads the output any more; continue with: a command" if begun else 141)
+
+
+@pytest.mark.parametrize("length", [300, 254])
+def test_a_name_that_is_too_long_is_refused(start, monkeypatch, capsys, length):
+    monkeypatch.setattr(common, "load_pipeline", lambda *_: pytest.fail("went on"))
+    with pytest.raises(SystemExit) as exit:
+        start(grpo, name="x" * length)
+    assert exit.value.code == 2 and "xx: File name too long" in capsys.readouterr().err
+
+
+def test_the_plan_counts_what_is_one(run):
+    argv = ("--train.unique-sample-num-per-epoch", 1, "--train.gradient-step-per-epoch", 1, "--train.max-epochs", 1)
+    plan = (run(*argv, "--train.train-steps", 0) / "log.txt").read_text()
+    assert "an epoch: 1 prompt x 4 = 4 images in 1 call of 4; 1 update over 1 step;" in plan
 
 
 @pytest.mark.parametrize(
@@ -293,6 +395,12 @@ def test_what_a_pipeline_refuses_is_refused_in_its_words(tmp_path):
         ("trainers: 3", "--config", "no mapping"),
         ("trainers: {grpo: 3}", "--config", "no mapping"),
         ("a: [", "--config", "not a YAML file"),
+        ("reward: &r {shapes: *r}", "--config", "Circular reference"),
+        ("train: &t {seed: *t}", "--config", "Circular reference"),
+        ("run_name: 2001-99-99", "--config", "month must be in 1..12"),
+        ("output_dir: null", "output_dir = None", "cannot be null"),
+        ("target_modules: null", "target_modules = None", "cannot be null"),
+        ("train: {seed: null}", "train.seed = None", "cannot be null"),
     ],
 )
 def test_refusals_of_a_yaml(refused, tmp_path, text, what, remedy):
@@ -404,6 +512,26 @@ def test_a_model_without_a_flow_is_refused(refused, tmp_path):
     index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"]}
     (tmp_path / "other" / "model_index.json").write_text(json.dumps(index))
     assert "DDIMScheduler" in refused("--model", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "index, remedy",
+    [
+        ("[]", "its model_index.json, or a config.json in it, is not diffusers'"),
+        ('{"_class_name": "StableDiffusion3Pipeline", "scheduler": 3}', "its model_index.json, or a config.json in it"),
+        ('{"_class_name": "NoPipeline"', "its model_index.json names the class 'NoPipeline', which is no pipeline"),
+        (
+            '{"_class_name": "AutoencoderKL"',
+            "its model_index.json names the class 'AutoencoderKL', which is no pipeline",
+        ),
+        ('{"name": "x"', "its model_index.json names the class None"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(refused, tmp_path, index, remedy):
+    model = shutil.copytree(common.RunArgs.model, tmp_path / "model")
+    rest = (model / "model_index.json").read_text().partition(",")[2]
+    (model / "model_index.json").write_text(index if index.endswith(("]", "}")) else f"{index},{rest}")
+    assert f"error: model = '{model}': {remedy}" in refused("--model", model)
 
 
 # Settings come in four layers
@@ -594,8 +722,9 @@ def test_commands_of_the_readme(tmp_path, monkeypatch, command):
     if "--resume" in argv:
         begun = tmp_path / argv[argv.index("--resume") + 1]
         begun.mkdir(parents=True)
-        (begun / "args.yaml").write_text(yaml.safe_dump(common._settings(common.parse_args(script.Args, "", [])[0])))
-        (begun / "environment.yaml").write_text("{}")
+        args = common.parse_args(script.Args, "", [])[0]
+        (begun / "args.yaml").write_text(yaml.safe_dump(common._settings(args)))
+        (begun / "environment.yaml").write_text(yaml.safe_dump(common._environment(args, script.__file__)))
     if "/" in command.partition("--model")[2]:
         monkeypatch.setattr(common, "check_model", lambda args: None)  # it would ask the hub
     if "--help" in argv:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import SMALL, read_csv
+from conftest import SMALL, handlers_kept, read_csv
 from safetensors.torch import load_file
 
 import common
@@ -266,16 +266,6 @@ def test_a_signal_before_training_ends_at_once(monkeypatch, capfd):
     with handlers_kept(), pytest.raises(SystemExit) as exit:
         common.start(lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert exit.value.code == 143 and "SIGTERM: ended before training" in capfd.readouterr().err
-
-
-@contextlib.contextmanager
-def handlers_kept():
-    kept = {number: signal.getsignal(number) for number in common.SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
 
 
 def test_two_processes_on_one_run(forks, monkeypatch, capsys):
@@ -644,6 +634,19 @@ def test_a_run_goes_on_from_another_folder(start, resume, tmp_path, monkeypatch,
 def test_a_lost_environment_is_named(finished, nothing_loads, resume, capsys):
     (finished / "environment.yaml").unlink()
     assert f"{finished}/environment.yaml" in refusal_of(lambda: resume(grpo), capsys)
+
+
+@pytest.mark.parametrize("text", [b"", b"- 1", b"{", b"\xff\xfe\x00", b"folder: /", b"files: {}", b"&a [*a]"])
+def test_an_environment_that_says_nothing_is_refused(finished, nothing_loads, resume, capsys, text):
+    (finished / "environment.yaml").write_bytes(text)
+    assert f"error: --resume = '{finished}/environment.yaml': " in refusal_of(lambda: resume(grpo), capsys)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]"])
+def test_arguments_that_are_lost_are_refused(finished, nothing_loads, resume, capsys, text):
+    (finished / "args.yaml").write_text(text)
+    said = refusal_of(lambda: resume(grpo), capsys)
+    assert f"error: --resume = '{finished}/args.yaml': is empty" in said
 
 
 def test_another_environment_is_told(finished, resume, capsys):
