@@ -318,7 +318,7 @@ def memory(model, device, args):
 
     base = ("offload", "checkpointing")
     for options in ((), ("checkpointing",), base, (*base, "VAE slicing"), (*base, "VAE tiling"), ("offload",)):
-        if not set(args.options) <= set(options):
+        if args.options and not set(args.options) & set(options):
             continue
         if "offload" in options and not hasattr(load.pipe.vae, "_hf_hook"):
             common.let_visit(load.pipe, device)
@@ -339,6 +339,8 @@ def memory(model, device, args):
 def scaling(model, device, args):
     """The seconds of an epoch as one of its sizes grows, beside what proportion would give."""
     load = Workload(model, device)
+    if args.checkpointing:
+        load.denoiser.enable_gradient_checkpointing()
     base = dict(batch=args.batch, resolution=args.resolution, steps=args.steps, trained=2)
     table("what grows", "size", "network TFLOP", "seconds", "relative to the first", "TFLOP relative to the first")
 
@@ -456,7 +458,7 @@ def main():
         "--guidance", type=float, nargs="+", default=[1.0, 4.5], help="scales; epochs take the last one"
     )
     parser.add_argument("--how", default="eager,compiled")
-    parser.add_argument("--options", nargs="*", default=[], help="of --mode memory: only the rows that have them")
+    parser.add_argument("--options", nargs="*", default=[], help="of --mode memory: only the rows that have one of them")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
