@@ -35,6 +35,7 @@ import textwrap
 import threading
 import time
 import traceback
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -264,6 +265,10 @@ class RunArgs:
     compile: bool = False
     """Compile the denoiser's repeated blocks and the VAE's decoder, and sample by CUDA graphs (but not with
     train.enable_gradient_checkpointing): a minute at the start, then 1.4 to 2 times as fast on a GPU."""
+    cudnn_attention: bool = False
+    """Let torch choose cuDNN's attention, the fastest on Hopper GPUs, for models like SD3.5. On FLUX its backward pass
+    ends in an illegal memory access (torch 2.11, H200), and under some masks it gives NaN
+    (github.com/pytorch/pytorch/issues/196678)."""
     offload: bool = False
     """Keep text encoders and VAE on the CPU, each on the device only while it works."""
     vae_tiling: bool = False
@@ -734,9 +739,8 @@ def pick_device(args):
         torch.set_num_threads(args.cpu_threads)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # float32 models use the tensor cores
-        # torch prefers cuDNN's attention, whose backward pass fails on FLUX (illegal memory access; torch 2.11, H200)
-        # and gives NaN under some masks (pytorch issue 196678); the next in line was as fast
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(args.cudnn_attention)  # torch itself would prefer it
+        torch.compiler.config.cache_key_tag = "cuDNN" * args.cudnn_attention  # code compiled with it is other code
     if device.type == "cuda" and world() > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.index is not None and device.type == "cuda":
@@ -931,7 +935,8 @@ def compile_blocks(denoiser):
     """
     torch._dynamo.config.recompile_limit = 64  # kinds of blocks x shapes
     for block in _blocks(denoiser, "compile"):
-        block.compile(dynamic=False)  # a training call has one shape, and gets the fastest code for it
+        # a training call has one shape, and gets the fastest code for it; the adapters' many casts share kernels
+        block.compile(dynamic=False, options={"combo_kernels": True})
     forward = denoiser.forward
 
     def forward_for_gradients(*args, **kwargs):
@@ -991,26 +996,34 @@ class _Recorded:
         graph.replay()
         return tree_map_only(torch.Tensor, torch.clone, outputs)
 
+    @functools.cached_property
+    def own(self):
+        """The network's parameters and buffers; looked up once, since that takes as long as a small network's call."""
+        return [*self.network.parameters(), *self.network.buffers()]
+
+    @functools.cached_property
+    def whole(self):
+        """Whether the network is on one GPU, all of it."""
+        places = {None if isinstance(t, DTensor) else t.device for t in self.own}
+        return len(places) == 1 and places.pop() == torch.device("cuda", torch.cuda.current_device())
+
     def key(self, leaves, tree):
         """What a call is known by; None if it cannot be recorded."""
         given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         fixed = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
-        parameters = [*self.network.parameters(), *self.network.buffers()]
-        if any(type(leaf) not in self.PLAIN for leaf in fixed) or self.network.is_gradient_checkpointing:
-            return None
-        if any(isinstance(t, DTensor) or t.device.type != "cuda" for t in (*given, *parameters)):
-            return None
-        if any(t.device.index != torch.cuda.current_device() for t in (*given, *parameters)):
+        if any(type(leaf) not in self.PLAIN for leaf in fixed) or not all(t.is_cuda for t in given) or not self.whole:
             return None
         tensors = tuple((t.shape, t.stride(), t.dtype) for t in given)
         mode = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), self.network.training
-        return str(tree), tuple(fixed), tensors, mode, tuple(p.data_ptr() for p in parameters)
+        return str(tree), tuple(fixed), tensors, mode, tuple(map(torch.Tensor.data_ptr, self.own))
 
     def record(self, leaves, tree):
         """(graph, inputs, outputs); "never" where the network waits for the GPU, which no graph can."""
+        if self.network.is_gradient_checkpointing:
+            return "never"
         inputs = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(inputs, tree)
-        with self.alone:
+        with self.alone, warnings.catch_warnings(action="ignore"):
             torch.cuda.set_sync_debug_mode("error")  # a recording that fails would leave torch's allocator in disorder
             try:
                 self.function(*args, **kwargs)
@@ -1127,6 +1140,9 @@ def rollout(
     recorder = _Recorder(tape, sde_steps, generator, whole, ahead)
     with torch.no_grad(), autocast(pipe), _taped(pipe, recorder), _remembering(pipe, texts):
         tape.images = pipe(**_copy(call))[0]
+    for k, taken in tape.steps.items():
+        if k - 1 in tape.steps and torch.equal(taken.x, tape.steps[k - 1].x_next):
+            taken.x = tape.steps[k - 1].x_next  # one copy serves two steps
     return tape
 
 
@@ -1206,9 +1222,7 @@ class _Recorder:
             self.k += 1
             return self.ahead.step(scheduler, output, timestep, sample)
         if k in self.sde_steps:
-            x, velocity = sample.detach(), -output if inverted else output
-            same = k - 1 in tape.steps and torch.equal(x, tape.x0)  # then one copy serves two steps
-            x = tape.x0 if same else x.clone()
+            x, velocity = sample.detach().clone(), -output if inverted else output
             sigma, sigma_next, second = tape.sigmas[[k, k + 1, 1]].tolist()
             rule = functools.partial(
                 dynamics.step, tape.dynamics_type, sigma=sigma, sigma_next=sigma_next, noise_level=tape.noise_level,

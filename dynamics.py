@@ -151,6 +151,7 @@ def _randn(x, generator):
     """Standard normal noise of x's shape. One generator per sample makes a sample's noise independent of its batch."""
     if isinstance(generator, list):
         noise = [torch.randn(row.shape, generator=g, dtype=x.dtype) for row, g in zip(x, generator, strict=True)]
-        return torch.stack(noise).to(x.device)  # one copy: many would each wait for the device
+        noise = torch.stack(noise)  # one copy: many would each wait for the device
+        return (noise.pin_memory() if x.is_cuda else noise).to(x.device, non_blocking=True)  # and pinned, none waits
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)

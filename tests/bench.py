@@ -458,12 +458,13 @@ def main():
         "--guidance", type=float, nargs="+", default=[1.0, 4.5], help="scales; epochs take the last one"
     )
     parser.add_argument("--how", default="eager,compiled")
-    parser.add_argument("--options", nargs="*", default=[], help="of --mode memory: only the rows that have one of them")
+    parser.add_argument("--options", nargs="*", default=[], help="of --mode memory: rows that have one of these")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--cudnn-attention", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.resolution = args.resolution or (32 if args.model == "shapes" else 512)
-    device = common.pick_device(grpo.Args(device=args.device))
+    device = common.pick_device(grpo.Args(device=args.device, cudnn_attention=args.cudnn_attention))
     if common.rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if device.type == "cpu":

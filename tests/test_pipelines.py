@@ -368,8 +368,8 @@ def test_recorded_calls_replay_exactly(looks, capsys):
             parameter.data -= 0.01 * parameter.grad.sign()
             parameter.grad = None
     assert common.ode_difference(pipe, tape.call) == 0
-    pair = call | {"prompt": call["prompt"][:1]} | {"generator": common.generators((3,))}
+    one = {name: call[name][:1] for name in ("prompt", "negative_prompt")} | {"generator": common.generators((3,))}
     for _ in range(3):  # another size, and random numbers of the GPU's own, after what cannot be recorded too
-        common.rollout(pipe, pair, "Flow-SDE", 0.7, [0], common.generators((4,)))
+        common.rollout(pipe, call | one, "Flow-SDE", 0.7, [0], common.generators((4,)))
         torch.randn(2, device="cuda")
     assert ("without CUDA graphs" in capsys.readouterr().out) == looks
