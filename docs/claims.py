@@ -4,6 +4,7 @@
     python docs/claims.py show grpo-s0                the command of one run
     python docs/claims.py run grpo-s0 nft             some runs: by name, without the seed, by claim (4), or all
     python docs/claims.py table                       the tables of docs/results.md, from docs/results/claims-gpu/
+    python docs/claims.py figures                     its figures: docs/claim-*-gpu.png
     python docs/claims.py ratios FILE ...             GRPO-Guard's ratios by step, from its metrics.csv, a file a seed
 
 All of them exist in two sizes: one for a GPU, and with SCALE=cpu in the environment one for two CPU cores, where a run
@@ -122,25 +123,27 @@ CLAIMS = {
         "mix1": run("grpo", num_train_steps=1),
         "branch": run("grpo", num_train_steps=1, same_init_noise=True),
         "branch-noise-aware": run("grpo", num_train_steps=1, same_init_noise=True, loss_weighting="noise-aware"),
+        "mix9": run("grpo", num_train_steps=None, train_steps=None),
+        "mix9-noise-aware": run("grpo", num_train_steps=None, train_steps=None, loss_weighting="noise-aware"),
     },
     "6 GRPO-Guard": {
         "grpo": run("grpo"),
         "guard": run("grpo_guard"),
         "guard-plain": run("grpo_guard", reweight=False),
-        **{
-            f"{name}-proxy": run(
-                script,
-                reward={"docs/proxy.py:colour": 1},
-                eval_reward={"shapes": 1},
-                max_epochs=20 if CPU else 60,
-                **changes,
-            )
-            for name, script, changes in [
-                ("grpo", "grpo", {}),
-                ("grpo-kl", "grpo", {"kl_beta": BETAS[1]}),
-                ("guard", "grpo_guard", {}),
-            ]
-        },
+    },
+    "over-optimisation": {
+        f"{name}-proxy": run(
+            script,
+            reward={"docs/proxy.py:colour": 1},
+            eval_reward={"shapes": 1},
+            max_epochs=20 if CPU else 60,
+            **changes,
+        )
+        for name, script, changes in [
+            ("grpo", "grpo", {}),
+            ("grpo-kl", "grpo", {"kl_beta": BETAS[1]}),
+            ("guard", "grpo_guard", {}),
+        ]
     },
     "7 CPS": {
         "grpo": run("grpo"),
@@ -170,11 +173,6 @@ CLAIMS = {
             else {"grpo-two-updates": run("grpo", per_device_batch_size=576, gradient_step_per_epoch=2)}
         ),
         "grpo-lora": run("grpo", finetune_type="lora", learning_rate=2e-3),
-    },
-    "0.95": {
-        "grpo-long": run("grpo", max_epochs=40 if CPU else 120),
-        "guard-long": run("grpo_guard", max_epochs=40 if CPU else 120),
-        "nft-long": run("nft", max_epochs=30 if CPU else 60),
     },
 }
 RUNS = {f"{name}-s{seed}": runs[name] for runs in CLAIMS.values() for name in runs for seed in SEEDS}
@@ -410,6 +408,21 @@ def tables(args):
             print("|", " | ".join(map(str, cells)), "|")
 
 
+def figures(args):
+    """One figure for each claim, of accuracy against images; and of the reward trained on, where that is another."""
+    sys.path.insert(0, str(HERE))
+    import plot
+
+    for claim, runs in CLAIMS.items():
+        series = {name: [KEPT / f"{seed}.csv" for seed in seeds_of(name)] for name in runs}
+        series = {name: paths for name, paths in series.items() if all(path.exists() for path in paths)}
+        columns = {"eval/total": "held-out accuracy"}
+        if any("eval.reward" in settings for _, settings in runs.values()):
+            columns = {"train/reward/total": "reward trained on"} | columns
+        if len(series) > 1:
+            plot.draw(HERE / f"claim-{claim.split()[0]}-{SCALE}.png", series, columns)
+
+
 def ratios(args):
     """Means over the epochs of the log-ratio before and after GRPO-Guard's normalisation, and of its gradient."""
     names = ("raw_log_ratio", "raw_log_ratio_std", "log_ratio", "log_ratio_std", "gradient_scale")
@@ -448,6 +461,7 @@ def main():
     for verb in (show, runs):
         verb.add_argument("--out", default=f"runs/claims-{SCALE}")
     verbs.add_parser("table").set_defaults(do=tables)
+    verbs.add_parser("figures").set_defaults(do=figures)
     of_steps = verbs.add_parser("ratios")
     of_steps.add_argument("files", nargs="+")
     of_steps.set_defaults(do=ratios)

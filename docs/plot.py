@@ -19,27 +19,34 @@ except ImportError:
     sys.exit("docs/plot.py needs matplotlib: pip install matplotlib")
 
 
-def curve(path):
-    """{images: accuracy} of the evaluations in a metrics.csv."""
+def curve(path, column):
+    """{images: value} of a column of a metrics.csv, where it has one."""
     with open(path, newline="") as file:
-        return {int(row["images"]): float(row["eval/total"]) for row in csv.DictReader(file) if row["eval/total"]}
+        return {int(row["images"]): float(row[column]) for row in csv.DictReader(file) if row[column]}
+
+
+def draw(out, series, columns):
+    """series: {label: paths}. columns: {column of metrics.csv: what to call it}; each has its panel."""
+    figure, panels = plt.subplots(1, len(columns), figsize=(7 * len(columns), 4), squeeze=False)
+    for axes, (column, name) in zip(panels[0], columns.items(), strict=True):
+        for label, paths in series.items():
+            curves = [curve(path, column) for path in paths]
+            end = min(max(c) for c in curves)
+            images = sorted(i for i in set().union(*curves) if i <= end)
+            values = np.array([np.interp(images, list(c), list(c.values())) for c in curves])
+            (line,) = axes.plot(images, values.mean(0), marker="o", markersize=3, label=label)
+            if len(curves) > 1:
+                axes.fill_between(images, values.min(0), values.max(0), alpha=0.2, color=line.get_color())
+        axes.set(xlabel="images sampled in training", ylabel=name, ylim=(0, 1))
+        axes.grid(alpha=0.3)
+    panels[0, -1].legend()
+    figure.savefig(out, dpi=90, bbox_inches="tight")
+    plt.close(figure)
 
 
 def main(out, *series):
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for one in series:
-        label, _, paths = one.partition("=")
-        curves = [curve(path) for path in paths.split(",")]
-        end = min(max(c) for c in curves)
-        images = sorted(i for i in set().union(*curves) if i <= end)
-        values = np.array([np.interp(images, list(c), list(c.values())) for c in curves])
-        (line,) = axes.plot(images, values.mean(0), marker="o", markersize=3, label=label)
-        if len(curves) > 1:
-            axes.fill_between(images, values.min(0), values.max(0), alpha=0.2, color=line.get_color())
-    axes.set(xlabel="images sampled in training", ylabel="held-out accuracy", ylim=(0, 1))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(out, dpi=120, bbox_inches="tight")
+    pairs = [one.partition("=") for one in series]
+    draw(out, {label: paths.split(",") for label, _, paths in pairs}, {"eval/total": "held-out accuracy"})
 
 
 if __name__ == "__main__":
