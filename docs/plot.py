@@ -37,7 +37,7 @@ def draw(out, series, columns):
             (line,) = axes.plot(images, values.mean(0), marker="o", markersize=3, label=label)
             if len(curves) > 1:
                 axes.fill_between(images, values.min(0), values.max(0), alpha=0.2, color=line.get_color())
-        axes.set(xlabel="images sampled in training", ylabel=name, ylim=(0, 1))
+        axes.set(xlabel="images sampled in training", ylabel=name, ylim=(0, 1 if column == "eval/total" else None))
         axes.grid(alpha=0.3)
     panels[0, -1].legend()
     figure.savefig(out, dpi=90, bbox_inches="tight")
