@@ -1109,7 +1109,7 @@ class Rollout:
     tail_start: int = 0
     tail_steps: Optional[int] = None
     answers: dict = field(default_factory=lambda: defaultdict(list))
-    """{method: [returned]} of the pipeline's encode_, prepare_ and generate_ methods."""
+    """{method: [returned]} of its encode_, prepare_ and generate_ methods, and what set_timesteps left behind."""
     outputs: dict = field(default_factory=lambda: defaultdict(list))
     """{k: [output]} of the denoiser in step k: tensors without storage, or with it if the guidance remembers them."""
 
@@ -1137,7 +1137,7 @@ def rollout(
     ahead = None
     if sde_steps and sibling is not None and min(sibling.steps) == min(sde_steps) and _alike(sibling.call, call):
         ahead = _Player(sibling, min(sde_steps), sibling.steps[min(sde_steps)].x)
-    recorder = _Recorder(tape, sde_steps, generator, whole, ahead)
+    recorder = _Recorder(tape, pipe.scheduler, sde_steps, generator, whole, ahead)
     with torch.no_grad(), autocast(pipe), _taped(pipe, recorder), _remembering(pipe, texts):
         tape.images = pipe(**_copy(call))[0]
     for k, taken in tape.steps.items():
@@ -1179,8 +1179,8 @@ def replay(pipe, rollout, k, x=None):
 class _Recorder:
     """Lets everything happen and writes it down."""
 
-    def __init__(self, tape, sde_steps, generator, whole, ahead):
-        self.tape, self.sde_steps, self.generator = tape, set(sde_steps), generator
+    def __init__(self, tape, scheduler, sde_steps, generator, whole, ahead):
+        self.tape, self.scheduler, self.sde_steps, self.generator = tape, scheduler, set(sde_steps), generator
         self.k = 0  # the step under way
         self.ahead = ahead  # a _Player that knows the steps before the first stochastic one
         self.skipping = ahead is not None  # those steps, up to the denoiser's call of the first stochastic one
@@ -1199,7 +1199,17 @@ class _Recorder:
         self.tape.answers[name].append(tree_map_only(torch.Tensor, _once, answer))
         return _copy(answer)
 
+    def set_timesteps(self, scheduler, work):
+        work()
+        _regrid_tail(scheduler, self.tape)
+        if not self.inside:
+            plain = (torch.Tensor, int, float, type(None))
+            found = {name: value for name, value in vars(scheduler).items() if isinstance(value, plain)}
+            self.tape.answers["set_timesteps"].append(_copy(found))
+
     def denoiser(self, forward, *args, **kwargs):
+        if self.tape.sigmas is None:  # before the device has work that it would have to end
+            self.tape.sigmas = _noise_levels(self.scheduler)
         self.skipping = self.skipping and self.k < self.ahead.target
         if self.skipping:
             self.tape.outputs[self.k] = self.ahead.tape.outputs[self.k]
@@ -1217,7 +1227,6 @@ class _Recorder:
         inverted = scheduler.config.invert_sigmas  # such models run from 0 to 1 and predict x0 - noise
         if k == 0:
             tape.noise = sample.detach().clone()
-            tape.sigmas = _noise_levels(scheduler)
         if self.skipping:
             self.k += 1
             return self.ahead.step(scheduler, output, timestep, sample)
@@ -1266,6 +1275,10 @@ class _Player:
         same = tensor.shape == noise.shape and torch.equal(tensor.to(noise), noise)
         return self.x.to(tensor, copy=True) if same else tensor
 
+    def set_timesteps(self, scheduler, work):
+        """Leave what the rollout found, without the copies to the device that its next step would wait for."""
+        vars(scheduler).update(_copy(next(self.answers["set_timesteps"])))
+
     def denoiser(self, forward, *args, **kwargs):
         if self.k == self.target:
             return forward(*args, **kwargs)
@@ -1303,8 +1316,7 @@ def _stepping(cls):
 
     @functools.wraps(cls.set_timesteps)  # pipelines look at its arguments
     def set_timesteps(self, *args, **kwargs):
-        cls.set_timesteps(self, *args, **kwargs)
-        _regrid_tail(self, self.listener.tape)
+        self.listener.set_timesteps(self, functools.partial(cls.set_timesteps, self, *args, **kwargs))
 
     def deepcopy(self, memo):  # with a copy a pipeline steps latents of another kind, sound: that stays its own ODE
         twin, listener = copy.copy(self), self.listener

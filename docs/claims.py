@@ -335,9 +335,9 @@ def keep(name, folder, rows):
 
 
 def evaluations(name, column="eval/total", by="epoch"):
-    """{epoch: value} of a kept metrics.csv, by that or another column."""
+    """{epoch: value} of a column of a kept metrics.csv, by epoch or by another column."""
     with open(KEPT / f"{name}.csv", newline="") as file:
-        return {int(row[by]): float(row[column]) for row in csv.DictReader(file) if row.get(column)}
+        return {float(row[by]): float(row[column]) for row in csv.DictReader(file) if row.get(column)}
 
 
 def finals(name):
@@ -366,46 +366,42 @@ def forwards(name):
     return steps + trained * (3 + others)
 
 
-def images_to(accuracy, name):
-    """Images until an evaluation has that accuracy, between two evaluations by a straight line; None if none has."""
+def reached(accuracy, name, by):
+    """Images or seconds until an evaluation has that accuracy, between two by a straight line; None if none has."""
     before = (0, 0.0)
-    for images, value in evaluations(name, by="images").items():
+    for spent, value in evaluations(name, by=by).items():
         if value >= accuracy:
-            return before[0] + (images - before[0]) * (accuracy - before[1]) / (value - before[1])
-        before = images, value
+            return before[0] + (spent - before[0]) * (accuracy - before[1]) / (value - before[1])
+        before = spent, value
 
 
 def tables(args):
-    """One table for each claim; accuracy is the mean of the seeds, and ± half of their range."""
+    """One table for each claim; a number is the mean of the seeds, and ± half of their range."""
+    epochs = (5, 10, 20) if CPU else (4, 10, 20, 30)
     for claim, runs in CLAIMS.items():
-        print(f"\n### {claim}\n")
         last = max(settings["train.max_epochs"] for _, settings in runs.values())
-        epochs = [epoch for epoch in ((5, 10, 20, 40) if CPU else (4, 10, 20, 30, 60, 120)) if epoch <= last]
-        head = ["run", "seeds", *(f"{epoch} epochs" for epoch in epochs), "1000 images to .80", "million forwards"]
-        head += [
-            f"at last, {steps} steps" + f", guidance {guidance:g}" * (guidance > 1) for steps, guidance in FINALS[1:]
-        ]
-        head += ["spread in groups"]
+        shown = [epoch for epoch in epochs if epoch <= last]
+        print(f"\n### {claim}\n")
+        head = ["run", *(f"{epoch} epochs" for epoch in shown), "seeds 0, 1, 2 at last"]
+        head += ["1000 images to .80", "million forwards", "seconds in all"]
+        head += [f"{steps} steps" + f", guidance {guidance:g}" * (guidance > 1) for steps, guidance in FINALS[1:]]
         print("|", " | ".join(head), "|\n|" + "---|" * len(head))
         for name in runs:
             done = [seed for seed in seeds_of(name) if (KEPT / f"{seed}.csv").exists()]
             if not done:
                 continue
             curves, ends = [evaluations(seed) for seed in done], [finals(seed) for seed in done]
-            cells = [f"`{name}`", len(done)]
-            cells += [spread([curve.get(epoch) for curve in curves]) for epoch in epochs]
-            images = [images_to(0.8, seed) for seed in done]
+            cells = [f"`{name}`", *(spread([curve.get(epoch) for curve in curves]) for epoch in shown)]
+            cells += [", ".join(spread([list(curve.values())[-1]]) for curve in curves)]
+            images = [reached(0.8, seed, "images") for seed in done]
             if None in images:
                 cells += ["–", "–"]
             else:
-                cells += [
-                    spread([n / 1000 for n in images], 1),
-                    spread([n * forwards(done[0]) / 1e6 for n in images], 2),
-                ]
+                cells += [spread([n / 1e3 for n in images], 1)]
+                cells += [spread([n * forwards(done[0]) / 1e6 for n in images], 2)]
+            cells += [f"{statistics.mean(list(evaluations(seed, by='seconds'))[-1] for seed in done):.0f}"]
             cells += [spread([float(end[how]["accuracy"]) for end in ends if how in end]) for how in FINALS[1:]]
-            looks = [evaluations(seed, "eval/image/group_spread") for seed in done]
-            cells += [f"{statistics.mean(list(look.values())[-1] for look in looks):.3f}"]
-            print("|", " | ".join(map(str, cells)), "|")
+            print("|", " | ".join(cells), "|")
 
 
 def figures(args):
