@@ -1,6 +1,6 @@
 """How much noise a sampler leaves in its images: the embedded base model under each dynamics, by number of steps.
 
-    python docs/noise.py            some minutes on one CPU core; prints the table of docs/results.md (claim 7)
+    python docs/noise.py    some minutes on one CPU core: the table of docs/results.md (claim 7), and results/noise.csv
 
 Every step but the last is stochastic. "Noise" is the size of what the checker's world has none of, pixel to pixel
 differences on flat background: 1.4826 x the median of |pixel - mean of its four neighbours|, in thousandths of the
@@ -55,12 +55,17 @@ def main():
     prompts = [p for p in common.read_prompts(str(common.HERE / "shapes" / "prompts" / "eval.txt")) for _ in range(2)]
     cells = [f"{steps} steps: accuracy | noise" for steps in STEPS]
     print("| sampler |", " | ".join(cells), "|\n|---|" + "---|---|" * len(STEPS))
+    kept = ["sampler,steps,seed,accuracy,noise"]
     for dynamics_type, level in SAMPLERS:
-        row = [f"{dynamics_type} {level:g}" if level else dynamics_type]
+        sampler = f"{dynamics_type} {level:g}" if level else dynamics_type
+        row = [sampler]
         for steps in STEPS:
-            right, noise = zip(*(measure(pipe, prompts, dynamics_type, level, steps, s) for s in range(3)), strict=True)
+            seeds = [measure(pipe, prompts, dynamics_type, level, steps, seed) for seed in range(3)]
+            kept += [f"{sampler},{steps},{seed},{right:.5g},{noise:.5g}" for seed, (right, noise) in enumerate(seeds)]
+            right, noise = zip(*seeds, strict=True)
             row += [spread(right, ".3f"), spread(noise, ".2f")]
         print("|", " | ".join(row), "|", flush=True)
+    (Path(__file__).parent / "results" / "noise.csv").write_text("\n".join(kept) + "\n")
 
 
 if __name__ == "__main__":
