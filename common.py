@@ -740,7 +740,7 @@ def pick_device(args):
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # float32 models use the tensor cores
         torch.backends.cuda.enable_cudnn_sdp(args.cudnn_attention)  # torch itself would prefer it
-        torch.compiler.config.cache_key_tag = "cuDNN" * args.cudnn_attention  # code compiled with it is other code
+        torch.compiler.config.cache_key_tag += "" if args.cudnn_attention else " no cuDNN"  # that is other code
     if device.type == "cuda" and world() > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.index is not None and device.type == "cuda":
@@ -1023,7 +1023,8 @@ class _Recorded:
             return "never"
         inputs = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(inputs, tree)
-        with self.alone, warnings.catch_warnings(action="ignore"):
+        with self.alone, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode")
             torch.cuda.set_sync_debug_mode("error")  # a recording that fails would leave torch's allocator in disorder
             try:
                 self.function(*args, **kwargs)
@@ -1202,6 +1203,7 @@ class _Recorder:
     def set_timesteps(self, scheduler, work):
         work()
         _regrid_tail(scheduler, self.tape)
+        self.tape.sigmas = None  # one that was read before was of another schedule
         if not self.inside:
             plain = (torch.Tensor, int, float, type(None))
             found = {name: value for name, value in vars(scheduler).items() if isinstance(value, plain)}

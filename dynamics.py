@@ -152,6 +152,6 @@ def _randn(x, generator):
     if isinstance(generator, list):
         noise = [torch.randn(row.shape, generator=g, dtype=x.dtype) for row, g in zip(x, generator, strict=True)]
         noise = torch.stack(noise)  # one copy: many would each wait for the device
-        return (noise.pin_memory() if x.is_cuda else noise).to(x.device, non_blocking=True)  # and pinned, none waits
+        return (noise.pin_memory() if x.is_cuda else noise).to(x.device, non_blocking=x.is_cuda)  # pinned, none waits
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)

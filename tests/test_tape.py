@@ -66,6 +66,27 @@ def test_diffusers_looks_for_the_device_once(make_pipe, call, monkeypatch):
     assert torch.equal(replay(pipe, tape, 2)[1].log_prob, tape.steps[2].log_prob)
 
 
+def test_a_replay_finds_the_schedule_as_its_rollout_did(make_pipe, call, monkeypatch):
+    """To make it again is to wait for its copies to the GPU, in each replay."""
+    pipe, _ = make_pipe()
+    tape = rollout(pipe, call(), "Flow-SDE", 0.7, [2], sde_noise())
+    rollout(pipe, call(steps=3), "ODE", 0.0, ())
+    monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "set_timesteps", lambda *args, **kwargs: 1 / 0)
+    assert torch.equal(replay(pipe, tape, 2)[1].log_prob, tape.steps[2].log_prob)
+    assert torch.equal(common._noise_levels(pipe.scheduler), tape.sigmas)
+
+
+def test_a_network_may_work_before_the_schedule_is_made(make_pipe, call):
+    pipe, _ = make_pipe()
+    given = {}
+    handle = pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True)
+    sigmas = rollout(pipe, call(), "ODE", 0.0, ()).sigmas
+    handle.remove()
+    pipe.check_inputs = lambda *args, **kwargs: pipe.transformer(**given)
+    rollout(pipe, call(steps=3), "ODE", 0.0, ())
+    assert torch.equal(rollout(pipe, call(), "ODE", 0.0, ()).sigmas, sigmas)
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ode_rollout_is_the_plain_pipeline(make_pipe, call, dtype, guidance_scale):
