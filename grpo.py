@@ -345,7 +345,7 @@ def main():
             advantages = gdpo_advantages(scores, args.reward, train.group_size)
         else:
             advantages = group_advantages(totals, train.group_size, train.global_std)
-        advantages = common.own(advantages).split(train.per_device_batch_size)
+        advantages = common.own(advantages).split(train.per_device_batch_size)  # scores are of all processes
         silent = [not args.shard and not advantage.any() for advantage in advantages]
         weights = step_weights(train, rollouts[0].schedule.tolist())
         metrics.add(common.group_metrics(looks, totals, train.group_size))
@@ -377,7 +377,7 @@ def main():
             metrics.add(common.step_optimizer(run, optimizer, named, update, train.max_grad_norm))
             updates += 1
             if ema and updates % train.ema_update_interval == 0:
-                ema.update(min(train.ema_decay, (1 + updates) / (10 + updates)))
+                ema.update(min(train.ema_decay, (1 + updates) / (10 + updates)))  # sooner away from the base model
         assert updates == epoch * train.num_inner_epochs * train.gradient_step_per_epoch
 
         due = epoch % args.eval.eval_freq == 0 or epoch == train.max_epochs

@@ -190,6 +190,7 @@ def most_steps(train):
 
 def step_weights(train, sigmas):
     """{k: weight} of each candidate step in the loss: 1 / h, or 1. sigmas: (T + 1,)."""  # new in GRPO-Guard
+    # they do not average to 1: the loss grows by 1 / h against the KL, and so kl_beta weighs less than in grpo.py
     return {k: 1 / (sigmas[k] - sigmas[k + 1]) if train.reweight else 1.0 for k in candidate_steps(train)}
 
 
@@ -332,7 +333,7 @@ def main():
             advantages = gdpo_advantages(scores, args.reward, train.group_size)
         else:
             advantages = group_advantages(totals, train.group_size, train.global_std)
-        advantages = common.own(advantages).split(train.per_device_batch_size)
+        advantages = common.own(advantages).split(train.per_device_batch_size)  # scores are of all processes
         silent = [not args.shard and not advantage.any() for advantage in advantages]
         weights = step_weights(train, rollouts[0].schedule.tolist())
         metrics.add(common.group_metrics(looks, totals, train.group_size))
@@ -366,7 +367,7 @@ def main():
             metrics.add(common.step_optimizer(run, optimizer, named, update, train.max_grad_norm))
             updates += 1
             if ema and updates % train.ema_update_interval == 0:
-                ema.update(min(train.ema_decay, (1 + updates) / (10 + updates)))
+                ema.update(min(train.ema_decay, (1 + updates) / (10 + updates)))  # sooner away from the base model
         assert updates == epoch * train.num_inner_epochs * train.gradient_step_per_epoch
 
         due = epoch % args.eval.eval_freq == 0 or epoch == train.max_epochs

@@ -9,12 +9,13 @@ v⁻ = (1 + β) v_old − β v, weighted by 1 − r. What the policy learns from
     CPS            arXiv 2509.05952   --train.dynamics-type CPS --train.noise-level 0.8   (a sampler that explores more)
 
 Where the paper and the released code differ, this file follows the code: the loss is divided by β and multiplied by
-the clip range of the advantage, so that the first gradient goes with −2 A (v_target − v_old) whatever β is; the two x0
-errors have their own weights; there may be a KL to the base model, which Algorithm 1 lacks; advantages are divided by
-the std of all rewards. Dividing each x0 error by its own size (--train.self-normalised) makes the pull towards v_target
-one of constant strength, like an L1 loss: it does not fade as v gets there. One thing is this file's own: a call of the
-pipeline is trained at one timestep at a time, all its images together, because a network's output can depend on its
-batch. Several updates per epoch matter: only away from v_old do the two losses pull back to it (docs/results.md).
+the clip range of the advantage, so that the first gradient in v is −2 A σ² (v_target − v_old) whatever β is (if x0
+errors are not divided as below); the two x0 errors have their own weights; there may be a KL to the base model, which
+Algorithm 1 lacks; advantages are divided by the std of all rewards. Dividing each x0 error by its own size
+(--train.self-normalised) makes the pull towards v_target one of constant strength, like an L1 loss: it does not fade
+as v gets there. One thing is this file's own: a call of the pipeline is trained at one timestep at a time, all its
+images together, because a network's output can depend on its batch. Several updates per epoch matter: only away from
+v_old do the two losses pull back to it (docs/results.md).
 
     python nft.py                                         the embedded model, on the machine in front of you
     python nft.py --model stabilityai/stable-diffusion-3.5-medium --prompts prompts.txt --reward mine.py:f=1
@@ -78,7 +79,8 @@ class TrainArgs:
     num_train_steps: Optional[int] = None
     """How many of the candidates are drawn in each epoch. None is all of them."""
     nft_beta: float = 1.0
-    """β: how far the implicit policies are from the old one. A small β saturates late; the paper has 1 and 0.1."""
+    """β: how far the implicit policies are from the old one. The smaller it is, the further v can go before
+    the losses pull it back; the paper has 1 and 0.1."""
     negative_term: bool = True
     """Train v⁻, weighted by 1 − r, too. Without it only v⁺, weighted by r, is trained: the ablation in which the paper
     saw the reward collapse."""
@@ -316,7 +318,7 @@ def main():
             advantages = gdpo_advantages(scores, args.reward, train.group_size)
         else:
             advantages = group_advantages(totals, train.group_size, train.global_std)
-        advantages = common.own(advantages).split(train.per_device_batch_size)
+        advantages = common.own(advantages).split(train.per_device_batch_size)  # scores are of all processes
         metrics.add(common.group_metrics(looks, totals, train.group_size))
         if epoch == 1:
             first_step_contract(run, pipe, train, parameters, old, reference, rollouts, totals)
@@ -347,7 +349,7 @@ def main():
             metrics.add(common.step_optimizer(run, optimizer, named, update, train.max_grad_norm))
             updates += 1
             if ema and updates % train.ema_update_interval == 0:
-                ema.update(min(train.ema_decay, (1 + updates) / (10 + updates)))
+                ema.update(min(train.ema_decay, (1 + updates) / (10 + updates)))  # sooner away from the base model
         assert updates == epoch * train.num_inner_epochs * train.gradient_step_per_epoch
         decay = old_decay(train, updates)
         old.update(decay)

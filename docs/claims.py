@@ -4,7 +4,7 @@
     python docs/claims.py show grpo-s0                the command of one run
     python docs/claims.py run grpo-s0 nft             some runs: by name, without the seed, by claim (4), or all
     python docs/claims.py table                       the tables of docs/results.md, from docs/results/claims-gpu/
-    python docs/claims.py figures                     its figures: docs/claim-*-gpu.png
+    python docs/claims.py figures                     its figures: docs/claim-*-gpu.png (needs matplotlib)
     python docs/claims.py ratios FILE ...             GRPO-Guard's ratios by step, from its metrics.csv, a file a seed
 
 All of them exist in two sizes: one for a GPU, and with SCALE=cpu in the environment one for two CPU cores, where a run
@@ -203,7 +203,8 @@ def chosen(words):
         found = [n for c, runs in CLAIMS.items() if word in ("all", c.split()[0]) for r in runs for n in seeds_of(r)]
         found = found or [n for n in RUNS if word in (n, n[:-3])]
         if not found:
-            sys.exit(f"error: {word!r} is no run, no claim and not all; see `python docs/claims.py list`")
+            size = "without SCALE=cpu" if CPU else "with SCALE=cpu"
+            sys.exit(f"error: {word!r} is no run, no claim and not all; see `list`, and that {size} before the command")
         names |= dict.fromkeys(found)
     return list(names)
 
@@ -379,6 +380,9 @@ def tables(args):
     """One table for each claim; a number is the mean of the seeds, and ± half of their range."""
     epochs = (5, 10, 20) if CPU else (4, 10, 20, 30)
     for claim, runs in CLAIMS.items():
+        kept = {name: [seed for seed in seeds_of(name) if (KEPT / f"{seed}.csv").exists()] for name in runs}
+        if sum(map(bool, kept.values())) < 2:
+            continue  # nothing beside the run to compare with
         last = max(settings["train.max_epochs"] for _, settings in runs.values())
         shown = [epoch for epoch in epochs if epoch <= last]
         print(f"\n### {claim}\n")
@@ -386,8 +390,7 @@ def tables(args):
         head += ["1000 images to .80", "million forwards", "seconds in all"]
         head += [f"{steps} steps" + f", guidance {guidance:g}" * (guidance > 1) for steps, guidance in FINALS[1:]]
         print("|", " | ".join(head), "|\n|" + "---|" * len(head))
-        for name in runs:
-            done = [seed for seed in seeds_of(name) if (KEPT / f"{seed}.csv").exists()]
+        for name, done in kept.items():
             if not done:
                 continue
             curves, ends = [evaluations(seed) for seed in done], [finals(seed) for seed in done]
