@@ -11,7 +11,7 @@ All of them exist in two sizes: one for a GPU, and with SCALE=cpu in the environ
 is the script as it comes plus the flags of the claim, and takes two to six minutes.
 
 A run is its script with the flags that `show` prints, then evaluations of its last weights on the held-out prompts (10
-and 40 steps; on a GPU without guidance and with 3). `run --parallel 16 --gpus 2` does many at once on the GPUs; what is
+and 40 steps, without guidance and with 3). `run --parallel 16 --gpus 2` does many at once on the GPUs; what is
 cut off by `--seconds` begins anew. A run leaves NAME.csv, which is its metrics.csv, and a row of finals.csv for each
 evaluation, in docs/results/claims-gpu/ or -cpu/; one that is there is only repeated with `--again`.
 """
@@ -176,7 +176,7 @@ CLAIMS = {
     },
 }
 RUNS = {f"{name}-s{seed}": runs[name] for runs in CLAIMS.values() for name in runs for seed in SEEDS}
-FINALS = [(10, 1.0), (40, 1.0)] if CPU else [(10, 1.0), (10, 3.0), (40, 1.0), (40, 3.0)]
+FINALS = [(10, 1.0), (10, 3.0), (40, 1.0), (40, 3.0)]  # sampling steps and guidance
 
 
 def command(name, out):
