@@ -115,7 +115,7 @@ def t5():
 class Workload:
     """A model with what trains it, and one call of its pipeline as an epoch."""
 
-    def __init__(self, model, device, text_encoders=False, shard=False):
+    def __init__(self, model, device, text_encoders=False, shard=False, checkpointing=False):
         torch.manual_seed(0)
         torch.set_default_dtype(torch.float32 if model is shapes else torch.bfloat16)
         with torch.device(device):
@@ -127,6 +127,8 @@ class Workload:
         for module in self.pipe.components.values():
             if isinstance(module, torch.nn.Module):
                 module.to(device).requires_grad_(False).eval()
+        if checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.__class__ = common._settled(type(self.pipe))
         clocked(self.pipe.vae, self, device)
@@ -255,9 +257,7 @@ def row(*cells):
 
 def speed(model, device, args):
     """The network, sampling and training by it, and whole epochs of Flow-GRPO and of the mixed setting."""
-    load = Workload(model, device)
-    if args.checkpointing:
-        load.denoiser.enable_gradient_checkpointing()
+    load = Workload(model, device, checkpointing=args.checkpointing)
     calls = {scale: load.arguments(args.batch, args.resolution, args.steps, scale) for scale in args.guidance}
     tera, per = {scale: load.flops(call) / 1e12 for scale, call in calls.items()}, 1e3 / args.batch
     print(f"{min(tera.values()) / args.batch:.3g} TFLOP per image and forward; {args.batch}, {args.resolution} px")
@@ -338,9 +338,7 @@ def memory(model, device, args):
 
 def scaling(model, device, args):
     """The seconds of an epoch as one of its sizes grows, beside what proportion would give."""
-    load = Workload(model, device)
-    if args.checkpointing:
-        load.denoiser.enable_gradient_checkpointing()
+    load = Workload(model, device, checkpointing=args.checkpointing)
     base = dict(batch=args.batch, resolution=args.resolution, steps=args.steps, trained=2)
     table("what grows", "size", "network TFLOP", "seconds", "relative to the first", "TFLOP relative to the first")
 
@@ -366,9 +364,7 @@ def ranks(model, device, args):
     Each process makes --calls calls and an optimizer step over each of them, which is the only thing that it waits for
     others in: the fewer calls to a step, the more that counts.
     """
-    load = Workload(model, device, shard=args.shard)
-    if args.checkpointing:
-        load.denoiser.enable_gradient_checkpointing()
+    load = Workload(model, device, shard=args.shard, checkpointing=args.checkpointing)
     if args.how.endswith("compiled"):
         common.compile_blocks(load.denoiser)
     call = load.arguments(args.batch, args.resolution, args.steps, 4.5)
