@@ -339,6 +339,7 @@ def memory(model, device, args):
 def scaling(model, device, args):
     """The seconds of an epoch as one of its sizes grows, beside what proportion would give."""
     load = Workload(model, device, checkpointing=args.checkpointing)
+    passes = 4 if args.checkpointing else 3  # of a trained step: forward, backward for twice that, and forward again
     base = dict(batch=args.batch, resolution=args.resolution, steps=args.steps, trained=2)
     table("what grows", "size", "network TFLOP", "seconds", "relative to the first", "TFLOP relative to the first")
 
@@ -346,7 +347,7 @@ def scaling(model, device, args):
         call = load.arguments(batch, resolution, steps, 1.0)
         load.update(load.sample(call, list(range(trained))))
         seconds, _ = timed(lambda: load.update(load.sample(call, list(range(trained)))), device, args.repeats)
-        return seconds, load.flops(call) / 1e12 * (steps + 3 * trained)
+        return seconds, load.flops(call) / 1e12 * (steps + passes * trained)
 
     grown = dict(
         batch=[args.batch, 2 * args.batch, 4 * args.batch], steps=[10, 20, 40], trained=[2, 4, 8],
