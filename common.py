@@ -264,7 +264,8 @@ class RunArgs:
     """A torch device; auto takes the GPU if there is one."""
     compile: bool = False
     """Compile the denoiser's repeated blocks and the VAE's decoder, and sample by CUDA graphs (but not with
-    train.enable_gradient_checkpointing): a minute at the start, then 1.4 to 2 times as fast on a GPU."""
+    train.enable_gradient_checkpointing): a minute at the start, then 1.4 to 2 times as fast on a GPU; slower on a
+    CPU."""
     cudnn_attention: bool = False
     """Let torch choose cuDNN's attention, the fastest on Hopper GPUs, for models like SD3.5. On FLUX its backward pass
     ends in an illegal memory access (torch 2.11, H200), and under some masks it gives NaN
@@ -278,7 +279,7 @@ class RunArgs:
     cpu_threads: Optional[int] = None
     """Threads of torch on the CPU; None leaves the choice to torch. Another number can change the last digits."""
     prompts: Optional[str] = None
-    """Text file of training prompts, one a line."""
+    """Text file of training prompts, one a line; blank lines do not count."""
     reward: Annotated[dict, _pairs(float)] = field(default_factory=dict)
     """Weighted rewards, in the place of the model's own, e.g. jpeg_compressibility=0.1 my_rewards.py:brightness=1."""
     reward_options: Annotated[dict, _pairs(object)] = field(default_factory=dict)
@@ -427,7 +428,8 @@ def _read_yaml(key, path, trainer, Args):
     try:
         settings = _from_yaml(read_text(f"--{key}", path)) or {}
     except ValueError as error:
-        refuse(f"--{key}", str(path), f"not a YAML file: {error}")
+        found = str(error).replace(' in "<unicode string>",', " at")
+        refuse(f"--{key}", str(path), f"not a YAML file: {found}")
     trainers = settings.pop("trainers", None) or {} if isinstance(settings, dict) else None
     own = trainers.get(trainer) or {} if isinstance(trainers, dict) else None
     if not isinstance(own, dict):
@@ -465,6 +467,8 @@ def _check_keys(settings, cls, path, prefix=""):
         key = f"{prefix}{name}"
         if name not in types:
             near = difflib.get_close_matches(str(name), types, n=1, cutoff=0.5)
+            sections = {s: t for s, t in types.items() if dataclasses.is_dataclass(t)}
+            near = [f"{s}.{name}" for s, t in sections.items() if name in t.__dataclass_fields__] or near
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(types)}"
             hint = "write a section as a mapping of its own, not with a dot" if "." in str(name) else hint
             refuse(key, value, f"unknown key in {path}; {hint}")
@@ -653,6 +657,8 @@ def check_model(args):
     try:
         index = DiffusionPipeline.load_config(args.model)
     except Exception as error:  # the hub client raises many kinds
+        if os.path.exists(f"{args.model}/args.yaml"):  # no error, however long the name
+            refuse("model", args.model, 'a run\'s folder; README, "What a run leaves", says how its weights are used')
         reason = str(error).splitlines()[0]
         refuse("model", args.model, f"no diffusers folder there, and the hub gave none ({reason})")
     scheduler = (index.get("scheduler") or [None, None])[1]
@@ -1981,6 +1987,13 @@ class Run:
         if not holds:
             raise SystemExit(f"error: the first-step contract is broken: {what} is {value:.6g}; nothing was trained")
 
+    def signal(self, totals, group_size):
+        """How many groups say nothing, as a line of the contract that holds whatever it is; a warning if all do."""
+        silent = silent_groups(totals, group_size)
+        self.contract(f"groups whose rewards are all equal (no signal), of {len(silent)}", int(silent.sum()), True)
+        if silent.all():
+            self.print("warning: no reward differs within its group, so there is nothing to learn from it")
+
     def evaluate(self, epoch, pipe, reward):
         """Evaluate, keep the grid and each image's rewards, and return the columns of metrics.csv."""
         prompts, scores, statistics, shown = evaluate(pipe, self.args, self.eval_prompts, reward)
@@ -2192,6 +2205,7 @@ def whole(folder, replace=False):
     try:
         yield new
         for path in (*new.rglob("*"), new):
+            path.chmod(path.stat().st_mode | new.stat().st_mode & 0o444)  # safetensors are the owner's alone
             sync(path)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)

@@ -1,10 +1,10 @@
 """GRPO-Guard: Flow-GRPO with a ratio that is not biased, and steps that weigh alike (arXiv 2510.22319).
 
-The same as grpo.py but for what is marked "new in GRPO-Guard", and without what only other dynamics need. A step is
-x' = μ_old + τ ε. With Δμ = μ − μ_old the log of the true ratio is ε·Δμ/τ − |Δμ|²/2τ²: under the old policy its mean is
-−|Δμ|²/2τ², always negative and different from step to step, so clipping bites on one side only. (The true ratio has
-mean 1 all the same; but grpo.py, like all released codes, takes the mean over D dimensions, and the D-th root of a
-ratio of mean 1 has a mean below 1.)
+The same as grpo.py but for what is marked "new in GRPO-Guard", and without what only other dynamics and TempFlow's
+weights need. A step is x' = μ_old + τ ε. With Δμ = μ − μ_old the log of the true ratio is ε·Δμ/τ − |Δμ|²/2τ²: under
+the old policy its mean is −|Δμ|²/2τ², always negative and different from step to step, so clipping bites on one side
+only. (The true ratio has mean 1 all the same; but grpo.py, like all released codes, takes the mean over D dimensions,
+and the D-th root of a ratio of mean 1 has a mean below 1.)
 
     RatioNorm     log r = τ (log-prob difference + mean Δμ² / 2τ²) = mean(ε Δμ) has mean 0, a spread without τ in it,
                   and is linear in μ. It is computed as mean(ε Δμ): the difference of log-probs loses it in rounding.
@@ -40,7 +40,7 @@ class TrainArgs:
     # What is sampled in an epoch
 
     unique_sample_num_per_epoch: int = 48
-    """Prompts in an epoch."""
+    """Prompts in an epoch; a shorter file is gone through again."""
     group_size: int = 24
     """Images of each prompt; their rewards are compared with one another."""
     per_device_batch_size: int = 12
@@ -83,15 +83,14 @@ class TrainArgs:
     """Divide advantages by the standard deviation of all rewards of the epoch instead of the group's. Not in gdpo."""
     advantage_aggregation: Literal["sum", "gdpo"] = "sum"
     """Of several weighted rewards: sum takes the advantages of their sum, gdpo adds up those of each (group std)."""
-    reweight: bool = True
-    """Divide the loss of a step by its length h."""  # new in GRPO-Guard
+    reweight: bool = True  # new in GRPO-Guard
+    """Divide the loss of a step by its length h."""
     kl_type: Literal["v-based", "x-based"] = "v-based"
     """The penalty: mean (v − v_ref)² or mean (mean − mean_ref)². In Flow-SDE the second is (h (1 + a²/2))²
     times the first (h² in the first step)."""
     kl_beta: float = 0.0  # new in GRPO-Guard
-    """Weight of the KL penalty; 0 keeps no copy of the base model. Flow-GRPO's own 0.04 weighs mean Δμ² / 2g², which on
-    SD3.5's schedule is 15000 (first step) to 3 times (ninth) smaller than the v-based penalty, so that on average 0.002
-    is as strong here."""
+    """Weight of the KL penalty; 0 keeps no copy of the base model. The loss beside it is divided by h, so that 1 / h
+    times as much weighs as it does in grpo.py."""
     ref_param_device: Literal["same_as_model", "cpu"] = "same_as_model"
     """Where the base model's copy of the trained parameters waits."""
 
@@ -152,7 +151,8 @@ def check(args):
             f"with train.num_inference_steps = {last + 1} needs different indices from 0 to {last}",
         )
     if train.num_train_steps is not None and not 1 <= train.num_train_steps <= len(steps):
-        refuse("train.num_train_steps", train.num_train_steps, f"there are {len(steps)} candidate steps to draw from")
+        remedy = f"must be 1 to {len(steps)}, or None: train.train_steps has the candidates {sorted(steps)}"
+        refuse("train.num_train_steps", train.num_train_steps, remedy)
     if train.shift_interval is not None and train.shift_interval < 1:
         refuse("train.shift_interval", train.shift_interval, "must be at least 1; MixGRPO has 25")
     if train.shift_interval is not None and train.num_train_steps is None:
@@ -290,7 +290,7 @@ def main():
             run.save_weights(pipe)
         return columns
 
-    first, updates = checkpoint.load(evaluate)
+    first, updates = checkpoint.load(evaluate)  # 0, 0 of a new run; one that ends where it stopped is evaluated
     if first == 0:
         run.log({"epoch": 0, "images": 0, **evaluate(0)})
         checkpoint.save(0, updates)
@@ -335,13 +335,13 @@ def main():
         else:
             advantages = group_advantages(totals, train.group_size, train.global_std)
         advantages = common.own(advantages).split(train.per_device_batch_size)  # scores are of all processes
-        silent = [not args.shard and not advantage.any() for advantage in advantages]
-        weights = step_weights(train, rollouts[0].schedule.tolist())
+        silent = [not args.shard and not advantage.any() for advantage in advantages]  # of --shard, all run every call
+        weights = step_weights(train, rollouts[0].schedule.tolist())  # of the whole schedule, before a shorter tail
         metrics.add(common.group_metrics(looks, totals, train.group_size))
         if epoch == 1:
             first_step_contract(run, pipe, train, parameters, reference, rollouts, totals)
 
-        # Training: each optimizer step over whole calls x trained steps
+        # Training: an optimizer step takes some of the calls, each with all of the trained steps
         for chunk in common.calls_of_updates(train, epoch):
             update = common.Metrics()
             for i, k in common.progress(list(product(chunk, steps)), "training"):
@@ -413,8 +413,7 @@ def first_step_contract(run, pipe, train, parameters, reference, rollouts, total
     run.contract("images that share their noise with another", same, same == 0)
     difference = common.ode_difference(pipe, rollouts[0].call)
     run.contract("ODE rollout against the plain pipeline, max |difference|", difference, difference == 0)
-    silent = int(common.silent_groups(totals, train.group_size).sum())
-    run.contract("groups whose rewards are all equal (no signal)", silent, True)
+    run.signal(totals, train.group_size)
 
 
 if __name__ == "__main__":

@@ -260,12 +260,13 @@ def speed(model, device, args):
     load = Workload(model, device, checkpointing=args.checkpointing)
     calls = {scale: load.arguments(args.batch, args.resolution, args.steps, scale) for scale in args.guidance}
     tera, per = {scale: load.flops(call) / 1e12 for scale, call in calls.items()}, 1e3 / args.batch
-    print(f"{min(tera.values()) / args.batch:.3g} TFLOP per image and forward; {args.batch}, {args.resolution} px")
+    least = min(tera.values()) / args.batch
+    print(f"{least:.3g} TFLOP per image and forward; {args.batch} images of {args.resolution} px")
     table(
         "", "guidance", "forward ms/image", "TFLOP/s", "sampling but for the VAE, ms/image", "TFLOP/s", "VAE ms/image",
         "forward+backward ms/image", "TFLOP/s", "peak GiB", "max abs log ratio",
     )  # fmt: skip
-    epochs = []
+    epochs, notes = [], []
     for how in args.how.split(","):
         if how == "compiled":
             common.compile_blocks(load.denoiser)
@@ -291,10 +292,11 @@ def speed(model, device, args):
                 tera[scale] * args.steps / statistics.median(sampling), statistics.median(decoding) * per,
                 both / 2 * per, 6 * tera[scale] / both, peak(device), ratio,
             )  # fmt: skip
-            print(f"the first rollout and update took {warm:.0f} s; CUDA graphs hold {graphs():.3g} GiB", flush=True)
+            notes += [f"{how}, {scale:g}: first rollout and update {warm:.0f} s; {graphs():.3g} GiB in CUDA graphs"]
         for trained in (range(args.steps - 1), [1, 2]):
             seconds, _ = timed(lambda c=call, k=trained: load.update(load.sample(c, list(k))), device, args.epochs)
             epochs.append((how, len(trained), seconds * per))
+    print("\n".join(notes))
     table("", "trained steps", f"epoch with guidance {scale:g}, ms/image")
     for cells in epochs:
         row(*cells)

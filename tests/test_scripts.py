@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ import common
 import dynamics
 import grpo
 import grpo_guard
+import nft
 import rewards
 
 ROOT = Path(common.__file__).parent
@@ -197,7 +199,7 @@ REFUSALS = [
     ("--train.train-steps -1", "train.train_steps = [-1]", "from 0 to 3"),
     ("--train.train-steps 1 1", "train.train_steps = [1, 1]", "different"),
     ("--train.dynamics-type CPS --train.train-steps 3", "train.train_steps = [3]", "CPS has no noise"),
-    ("--train.train-steps 1 2 --train.num-train-steps 3", "train.num_train_steps = 3", "2 candidate"),
+    ("--train.train-steps 1 2 --train.num-train-steps 3", "train.num_train_steps = 3", "1 to 2"),
     ("--train.num-train-steps 0", "train.num_train_steps = 0", "candidate"),
     ("--train.tail-steps 0", "train.tail_steps = 0", "1 to that many"),
     ("--train.tail-steps 2", "train.tail_steps = 2", "step is 2 or later, and after it come at most 1 steps"),
@@ -385,6 +387,7 @@ def test_the_plan_counts_what_is_one(run):
     [
         ("train: {kl_betta: 0.1}", "train.kl_betta", "did you mean train.kl_beta?"),
         ("modell: x", "modell", "did you mean model?"),
+        ("learning_rate: 1", "learning_rate", "did you mean train.learning_rate?"),
         ("train: {trainer_type: nft}", "trainer_type = 'nft'", "nft.py"),
         ("train: {trainer_type: [grpo]}", "trainer_type = ['grpo']", "another script"),
         ("resume: runs/other", "resume = 'runs/other'", "give --resume on the command line"),
@@ -406,7 +409,7 @@ def test_the_plan_counts_what_is_one(run):
 def test_refusals_of_a_yaml(refused, tmp_path, text, what, remedy):
     (tmp_path / "bad.yaml").write_text(text)
     message = refused("--config", tmp_path / "bad.yaml")
-    assert what in message and remedy in message
+    assert what in message and remedy in message and "unicode string" not in message
 
 
 @pytest.mark.parametrize(
@@ -700,6 +703,33 @@ def test_components_absent_from_the_index_are_passed_as_none():
     assert common.load_pipeline(common.RunArgs.model, "cpu", torch.float32).text_encoder_3 is None
 
 
+def test_a_run_is_no_model_and_is_told_so(refused, tmp_path):
+    (tmp_path / "args.yaml").touch()
+    assert "a run's folder" in refused("--model", tmp_path)
+
+
+def test_rewards_that_never_differ_are_warned_of(run, tmp_path):
+    (tmp_path / "mine.py").write_text("def equal(images, prompts):\n    return images.new_zeros(len(images))\n")
+    log = (run("--reward", f"{tmp_path}/mine.py:equal=1", name="equal") / "log.txt").read_text()
+    assert "rewards are all equal (no signal), of 2: 2\nwarning: no reward differs" in log
+    assert "warning" not in (run(name="other") / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("script", [grpo, grpo_guard, nft], ids=["grpo", "guard", "nft"])
+def test_every_column_is_explained(start, script):
+    columns = read_csv(start(script, "--train.kl-beta", 0.1) / "metrics.csv")[0]
+    own = {re.sub("@.*", "@K", name) for name in columns if not name.startswith(("eval/", "train/reward/"))}
+    explained = set(re.findall(r"`([^`]+)`", (ROOT / "docs" / "metrics.md").read_text()))
+    assert own <= explained, own - explained
+
+
+def test_what_a_run_leaves_is_as_readable_as_its_folder(tmp_path):
+    with common.whole(tmp_path / "new") as folder:
+        (folder / "weights").touch(mode=0o600)
+        folder.chmod(0o750)
+    assert (tmp_path / "new" / "weights").stat().st_mode & 0o777 == 0o640
+
+
 # The README
 
 
@@ -719,6 +749,9 @@ def test_commands_of_the_readme(tmp_path, monkeypatch, command):
     _, script, *argv = shlex.split(command, comments=True)
     script = importlib.import_module(script.removesuffix(".py"))
     monkeypatch.chdir(tmp_path)
+    if "shapes/mine" in argv:
+        shutil.copytree(Path(common.RunArgs.model).parent / "prompts", tmp_path / "shapes" / "prompts")
+        (tmp_path / "shapes" / "mine").symlink_to(common.RunArgs.model)
     if "--resume" in argv:
         begun = tmp_path / argv[argv.index("--resume") + 1]
         begun.mkdir(parents=True)
