@@ -176,7 +176,7 @@ def _from_yaml(text):
         value = yaml.safe_load(text)
         json.dumps(value, default=str, skipkeys=True)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(error) from error
+        raise ValueError(str(error).replace(' in "<unicode string>",', " at")) from error
     return value
 
 
@@ -428,8 +428,7 @@ def _read_yaml(key, path, trainer, Args):
     try:
         settings = _from_yaml(read_text(f"--{key}", path)) or {}
     except ValueError as error:
-        found = str(error).replace(' in "<unicode string>",', " at")
-        refuse(f"--{key}", str(path), f"not a YAML file: {found}")
+        refuse(f"--{key}", str(path), f"not a YAML file: {error}")
     trainers = settings.pop("trainers", None) or {} if isinstance(settings, dict) else None
     own = trainers.get(trainer) or {} if isinstance(trainers, dict) else None
     if not isinstance(own, dict):
@@ -466,9 +465,8 @@ def _check_keys(settings, cls, path, prefix=""):
     for name, value in settings.items():
         key = f"{prefix}{name}"
         if name not in types:
-            near = difflib.get_close_matches(str(name), types, n=1, cutoff=0.5)
-            sections = {s: t for s, t in types.items() if dataclasses.is_dataclass(t)}
-            near = [f"{s}.{name}" for s, t in sections.items() if name in t.__dataclass_fields__] or near
+            near = [f"{s}.{name}" for s, t in types.items() if name in getattr(t, "__dataclass_fields__", ())]
+            near = near or difflib.get_close_matches(str(name), types, n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(types)}"
             hint = "write a section as a mapping of its own, not with a dot" if "." in str(name) else hint
             refuse(key, value, f"unknown key in {path}; {hint}")
@@ -1987,7 +1985,7 @@ class Run:
         if not holds:
             raise SystemExit(f"error: the first-step contract is broken: {what} is {value:.6g}; nothing was trained")
 
-    def signal(self, totals, group_size):
+    def check_signal(self, totals, group_size):
         """How many groups say nothing, as a line of the contract that holds whatever it is; a warning if all do."""
         silent = silent_groups(totals, group_size)
         self.contract(f"groups whose rewards are all equal (no signal), of {len(silent)}", int(silent.sum()), True)
@@ -2204,8 +2202,9 @@ def whole(folder, replace=False):
     new.mkdir(parents=True)
     try:
         yield new
+        readers = new.stat().st_mode & 0o444
         for path in (*new.rglob("*"), new):
-            path.chmod(path.stat().st_mode | new.stat().st_mode & 0o444)  # safetensors are the owner's alone
+            path.chmod(path.stat().st_mode | readers)  # safetensors are the owner's alone
             sync(path)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)

@@ -392,7 +392,7 @@ def first_step_contract(run, pipe, train, parameters, old, reference, rollouts, 
     run.contract("images that share their noise with another", same, same == 0)
     difference = common.ode_difference(pipe, rollouts[0].call)
     run.contract("ODE rollout against the plain pipeline, max |difference|", difference, difference == 0)
-    run.signal(totals, train.group_size)
+    run.check_signal(totals, train.group_size)
 
 
 if __name__ == "__main__":

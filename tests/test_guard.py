@@ -361,7 +361,7 @@ def test_other_dynamics_are_refused(refused, dynamics_type):
         ("--train.num-inference-steps 0", "train.num_inference_steps = 0", "at least 1"),
         ("--train.num-inference-steps 1", "train.num_inference_steps = 1", "None is all but the last step, so none"),
         ("--train.train-steps 4", "train.train_steps = [4]", "from 0 to 3"),
-        ("--train.num-train-steps 4", "train.num_train_steps = 4", "1 to 3"),
+        ("--train.num-train-steps 4", "train.num_train_steps = 4", "must be 1 to 3, or None: train.train_steps has"),
         ("--train.tail-steps 2", "train.tail_steps = 2", "step is 2 or later, and after it come at most 1 steps"),
         ("--train.num-train-steps 2 --train.shift-interval 0", "train.shift_interval = 0", "at least 1"),
         ("--train.shift-interval 25", "train.shift_interval = 25", "which is None; set that too"),

@@ -599,7 +599,7 @@ def refused(refusal):
         ("--train.train-steps 1 3", "train.train_steps = [1, 3]", "from 0 to 2"),
         ("--train.train-steps -1", "train.train_steps = [-1]", "from 0 to 2"),
         ("--train.train-steps 1 1", "train.train_steps = [1, 1]", "different"),
-        ("--train.num-train-steps 3", "train.num_train_steps = 3", "1 to 2"),
+        ("--train.num-train-steps 3", "train.num_train_steps = 3", "must be 1 to 2, or None: train.train_steps has"),
         ("--train.dynamics-type CPS --train.noise-level 1.1", "train.noise_level = 1.1", "at most 1 for CPS"),
         ("--train.dynamics-type Flow-SDE --train.noise-level 0", "train.noise_level = 0.0", "above 0"),
         ("--train.dynamics-type CPS --train.solver DPM-Solver++", "train.solver = 'DPM-Solver++'", "is for the ODE"),
