@@ -3,23 +3,24 @@
     python docs/claims.py list                        the runs of each claim
     python docs/claims.py show grpo-s0                the command of one run
     python docs/claims.py run grpo-s0 nft             some runs: by name, without the seed, by claim (4), or all
-    python docs/claims.py table                       the tables of docs/results.md, from docs/results/claims-gpu/
-    python docs/claims.py figures                     its figures: docs/claim-*-gpu.png (needs matplotlib)
-    python docs/claims.py ratios FILE ...             GRPO-Guard's ratios by step, from its metrics.csv, a file a seed
+    python docs/claims.py table                       the tables of docs/results/claim-*.md
+    python docs/claims.py figures                     their figures (needs matplotlib)
+    python docs/claims.py ratios gpu-guard            GRPO-Guard's ratios by step: of a run, or of metrics.csv files
 
 All of them exist in two sizes: one for a GPU, and with SCALE=cpu in the environment one for two CPU cores, where a run
 is the script as it comes plus the flags of the claim, and takes two to six minutes.
 
-A run is its script with the flags that `show` prints, then evaluations of its last weights on the held-out prompts (10
-and 40 steps, without guidance and with 3). `run --parallel 16 --gpus 2` does many at once on the GPUs; what is
-cut off by `--seconds` begins anew. A run leaves NAME.csv, which is its metrics.csv, and a row of finals.csv for each
-evaluation, in docs/results/claims-gpu/ or -cpu/; one that is there is only repeated with `--again`.
+A run is its script with the flags that `show` prints, then docs/evaluate.py on its last weights. `run --parallel 16
+--gpus 2` does many at once on the GPUs; after an interruption the same line goes on with the runs that it had not
+finished. A run leaves rows in the tables of docs/results/, and is only repeated with `--again`: its metrics.csv in
+gpu.csv or cpu.csv (the columns that their header names), GRPO-Guard's columns of single steps in steps.csv, and the
+evaluations in finals.csv.
 """
 
 import argparse
 import csv
-import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -28,12 +29,12 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
 SCALE = os.environ.get("SCALE", "gpu")
-KEPT = HERE / "results" / f"claims-{SCALE}"
 SEEDS = (0, 1, 2)
 CPU = SCALE == "cpu"
 if SCALE not in ("gpu", "cpu"):
@@ -90,6 +91,13 @@ BETAS = (0.003, 0.01) if CPU else (0.01, 0.04)
 SLOW = {"learning_rate": 1e-4}  # as slow as GRPO-Guard; on a GPU that is with its learning rate and updates
 SLOW |= {"max_epochs": 40} if CPU else {"per_device_batch_size": 576, "gradient_step_per_epoch": 2}
 
+
+def proxy(script, **changes):
+    """Trained on a reward that can be cheated, evaluated by the checker, for longer."""
+    changes = {"max_epochs": 20 if CPU else 60} | changes
+    return run(script, reward={"docs/proxy.py:colour": 1}, eval_reward={"shapes": 1}, **changes)
+
+
 # {claim: {name: run}}; a name stands for its three seeds, and a run may serve several claims
 CLAIMS = {
     "1 Flow-GRPO": {
@@ -134,18 +142,10 @@ CLAIMS = {
         "guard-plain": run("grpo_guard", reweight=False),
     },
     "over-optimisation": {
-        f"{name}-proxy": run(
-            script,
-            reward={"docs/proxy.py:colour": 1},
-            eval_reward={"shapes": 1},
-            **{"max_epochs": 20 if CPU else 60} | changes,
-        )
-        for name, script, changes in [
-            ("grpo", "grpo", {}),
-            ("grpo-slow", "grpo", SLOW),
-            ("grpo-kl", "grpo", {"kl_beta": BETAS[1]}),
-            ("guard", "grpo_guard", {}),
-        ]
+        "grpo-proxy": proxy("grpo"),
+        "grpo-slow-proxy": proxy("grpo", **SLOW),
+        "grpo-kl-proxy": proxy("grpo", kl_beta=BETAS[1]),
+        "guard-proxy": proxy("grpo_guard"),
     },
     "7 CPS": {
         "grpo": run("grpo"),
@@ -169,15 +169,16 @@ CLAIMS = {
         "grpo": run("grpo"),
         "grpo-global-std": run("grpo", global_std=True),
         "grpo-ema": run("grpo", ema_decay=0.9, ema_update_interval=1),
-        **(
-            {"grpo-one-update": run("grpo", gradient_step_per_epoch=1)}
-            if CPU
-            else {"grpo-two-updates": run("grpo", per_device_batch_size=576, gradient_step_per_epoch=2)}
-        ),
+        **({"grpo-one-update": run("grpo", gradient_step_per_epoch=1)} if CPU else {}),
         "grpo-lora": run("grpo", finetune_type="lora", learning_rate=2e-3),
     },
 }
 RUNS = {f"{name}-s{seed}": runs[name] for runs in CLAIMS.values() for name in runs for seed in SEEDS}
+# {label: name} of the README's figure: the scripts as they come, or the long runs on a GPU
+LONG = {"grpo.py": "cpu-grpo", "grpo_guard.py": "cpu-guard", "nft.py": "cpu-nft"}
+if not CPU:
+    LONG = {"GRPO": "gpu-grpo", "GRPO-Guard": "gpu-guard", "DiffusionNFT": "nft", "DiffusionNFT, lr 5e-5": "gpu-nft"}
+    LONG |= {"lr 5e-5, sampled by CPS": "gpu-nft-cps"}
 FINALS = [(10, 1.0), (10, 3.0), (40, 1.0), (40, 3.0)]  # sampling steps and guidance
 
 
@@ -215,149 +216,118 @@ def seeds_of(name):
     return [f"{name}-s{seed}" for seed in SEEDS]
 
 
+def show_claims(args):
+    for claim, runs in CLAIMS.items():
+        print(f"{claim}\n    {' '.join(runs)}")
+
+
+def show(args):
+    for name in chosen(args.names):
+        print("python", shlex.join(command(name, args.out)))
+
+
+def read(path):
+    """The rows of a table, as dicts of strings."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def kept():
+    """{name of a run with its seed: its rows of the table of this size}."""
+    runs = {}
+    for row in read(RESULTS / f"{SCALE}.csv"):
+        runs.setdefault(f"{row['run']}-s{row['seed']}", []).append(row)
+    return runs
+
+
+def replace(path, run, rows):
+    """Put rows in the place of those that a table has of a run {column: value}; the file is whole at any time.
+
+    Numbers keep five digits; those of an evaluation all, since means of them are quoted.
+    """
+
+    def short(key, value):
+        return f"{float(value):.{9 if key.startswith('eval/') else 5}g}" if re.search("[.e]", value) else value
+
+    old = read(path)
+    rows = [run | {key: short(key, value) for key, value in row.items()} for row in rows]
+    rows += [row for row in old if any(row[key] != value for key, value in run.items())]
+    order = [key for key in ("size", "run", "seed", "epoch", "step", "steps", "guidance") if key in old[0]]
+    rows.sort(key=lambda row: [row[key] if key in ("size", "run") else float(row[key]) for key in order])
+    new = path.with_suffix(".new")
+    with open(new, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(old[0]), restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    new.replace(path)
+
+
+def keep(name, folder):
+    """Take what docs/results.md quotes from a run's folder into the tables."""
+    run = dict(zip(("run", "seed"), name.rsplit("-s", 1), strict=True))
+    rows = read(folder / "metrics.csv")
+    replace(RESULTS / f"{SCALE}.csv", run, rows)
+    replace(RESULTS / "steps.csv", {"size": SCALE} | run, [step for row in rows for step in by_step(row)])
+    replace(RESULTS / "finals.csv", {"size": SCALE} | run, read(folder / "finals.csv"))
+
+
+def by_step(row):
+    """A row of metrics.csv as a row for each step that it has columns of, which GRPO-Guard writes: train/NAME@STEP."""
+    steps = {}
+    for column, value in row.items():
+        name, _, step = column.removeprefix("train/").partition("@")
+        if step and value:
+            steps.setdefault(step, {"epoch": row["epoch"], "step": step})[name] = value
+    return steps.values()
+
+
 def run_all(args):
     """Run what was chosen and is not done, `--parallel` at a time, and keep what each leaves."""
-    started, out = time.time(), Path(args.out)
-    KEPT.mkdir(parents=True, exist_ok=True)
-    names = [name for name in chosen(args.names) if args.again or not (KEPT / f"{name}.csv").exists()]
-    if kept := len(chosen(args.names)) - len(names):
-        print(f"{kept} of these runs are in {KEPT} already; --again repeats them")
+    started, out, done = time.time(), Path(args.out).absolute(), kept()
+    names = [name for name in chosen(args.names) if args.again or name not in done]
+    if there := len(chosen(args.names)) - len(names):
+        print(f"{there} of these runs are in {RESULTS} already; --again repeats them")
     names.sort(key=lambda name: -RUNS[name][1]["train.max_epochs"] * forwards(name))  # the longest first
-    numbers, one_at_a_time, running = iter(range(10**6)), threading.Lock(), {}
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")[: args.gpus]
-    spawn = multiprocessing.get_context("spawn")
-    free = spawn.Queue()
-    for number in range(max(1, 2 * len(gpus))):
-        free.put(gpus[number % len(gpus)] if gpus else None)
-    evaluators = ProcessPoolExecutor(max(1, 2 * len(gpus)), spawn, see_gpu, (free,))
+    one_at_a_time = threading.Lock()
+    out.mkdir(parents=True, exist_ok=True)
 
-    def one(name):
-        if left() < 0:
-            return
-        folder = out / name
-        shutil.rmtree(folder, ignore_errors=True)
-        env = dict(os.environ, OMP_NUM_THREADS="1")
+    def one(number, name):
+        folder, log, env = out / name, out / f"{name}.log", dict(os.environ, OMP_NUM_THREADS="1")
         if gpus:
-            env["CUDA_VISIBLE_DEVICES"] = gpus[next(numbers) % len(gpus)]
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / f"{name}.log", "w") as log:
-            line = [sys.executable, *command(name, out)]
-            running[name] = subprocess.Popen(line, cwd=HERE.parent, stdout=log, stderr=log, env=env)
-            code = running[name].wait()
-            del running[name]
-        if code:
-            last = (out / f"{name}.log").read_text().strip().splitlines()[-1:]
-            return print(f"{time.time() - started:5.0f} s  {name}: exit status {code}: {last}", flush=True)
-        rows = evaluators.submit(final_rows, name, folder).result()
+            env["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+        shutil.rmtree(folder, ignore_errors=True)
+        evaluation = ["docs/evaluate.py", str(folder), "--images-per-prompt", "1" if CPU else "4"]
+        evaluation += ["--resolution", str(RUNS[name][1].get("eval.resolution", 32))]
+        with open(log, "w") as file:
+            for words in (command(name, out), evaluation):
+                line = [sys.executable, *words]
+                code = subprocess.run(line, cwd=HERE.parent, stdout=file, stderr=file, env=env).returncode
+                if code:
+                    last = log.read_text().strip().splitlines()[-1:]
+                    return print(f"{time.time() - started:5.0f} s  {name}: exit status {code}: {last}", flush=True)
         with one_at_a_time:
-            keep(name, folder, rows)
-        accuracy = ", ".join(f"{row['accuracy']:.3f}" for row in rows)
+            keep(name, folder)
+        accuracy = ", ".join(f"{float(row['accuracy']):.3f}" for row in read(folder / "finals.csv"))
         print(f"{time.time() - started:5.0f} s  {name}: {accuracy}", flush=True)
 
-    def left():
-        return args.seconds - (time.time() - started)
-
-    def end():
-        while left() > 0 and not over.wait(1):
-            pass
-        for process in list(running.values()):
-            process.kill()
-
-    over = threading.Event()
-    threading.Thread(target=end, daemon=True).start()
     with ThreadPoolExecutor(args.parallel) as pool:
-        for future in [pool.submit(one, name) for name in names]:
-            future.result()
-    over.set()
-    evaluators.shutdown()
+        list(pool.map(one, range(len(names)), names))
 
 
-def see_gpu(free):
-    """Give a process that evaluates one GPU of those that are free."""
-    gpu = free.get()
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+def values(rows, column="eval/total", by="epoch"):
+    """{epoch: value} of a column where it has one, by epoch or by another column."""
+    return {float(row[by]): float(row[column]) for row in rows if row[column]}
 
 
-def final_rows(name, folder):
-    """Four evaluations of a run's last weights: rows of finals.csv."""
-    sys.path[:0] = [path for path in (str(HERE.parent),) if path not in sys.path]
-    import torch
-    from safetensors.torch import load_file
-
-    import common
-    import rewards
-    from shapes import world
-
-    script, settings = RUNS[name]
-    resolution = settings.get("eval.resolution", 32)
-    module = __import__(script)
-    device = common.pick_device(module.Args())
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    pipe = common.load_pipeline(module.Args.model, device, torch.float32)
-    if settings.get("finetune_type") == "lora":
-        pipe.load_lora_weights(str(folder / "lora"))
-    else:
-        pipe.transformer.load_state_dict(load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors"))
-    reward, _ = rewards.make_rewards({"shapes": 1.0}, {}, device, {})
-    prompts = common.read_prompts(str(HERE.parent / "shapes" / "prompts" / "eval.txt"))
-    rows = []
-    for steps, guidance in FINALS:
-        evaluation = common.EvalArgs(
-            images_per_prompt=1 if CPU else 4, resolution=resolution, num_inference_steps=steps,
-            guidance_scale=guidance,
-            per_device_batch_size=384 if device.type == "cuda" else 64,
-        )  # fmt: skip
-        args = module.Args(eval=evaluation, call={"max_sequence_length": 1})
-        asked, scores, looks, _ = common.evaluate(pipe, args, prompts, reward)
-        kinds = {}
-        for prompt, score in zip(asked, scores["shapes"].tolist(), strict=True):
-            kinds.setdefault(world.kind(prompt), []).append(score)
-        rows.append(
-            {"run": name, "steps": steps, "guidance": guidance, "accuracy": scores["shapes"].mean().item()}
-            | {of: statistics.mean(right) for of, right in sorted(kinds.items())}
-            | looks
-        )
-    return rows
-
-
-def keep(name, folder, rows):
-    """Copy what docs/results.md quotes from a run's folder, and add its evaluations to finals.csv."""
-    table = KEPT / "finals.csv"
-    old = []
-    if table.exists():
-        with open(table, newline="") as file:
-            old = [row for row in csv.DictReader(file) if row["run"] != name]
-    new = [{key: f"{v:.5g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows]
-    with open(table, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(new[0]), restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(old + new, key=lambda row: (row["run"], int(row["steps"]), float(row["guidance"]))))
-    shutil.copy(folder / "metrics.csv", KEPT / f"{name}.csv")
-
-
-def evaluations(name, column="eval/total", by="epoch"):
-    """{epoch: value} of a column of a kept metrics.csv, by epoch or by another column."""
-    with open(KEPT / f"{name}.csv", newline="") as file:
-        return {float(row[by]): float(row[column]) for row in csv.DictReader(file) if row.get(column)}
-
-
-def finals(name):
-    """{(steps, guidance): row} of a run."""
-    with open(KEPT / "finals.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["run"] == name]
-    return {(int(row["steps"]), float(row["guidance"])): row for row in rows}
-
-
-def spread(values, digits=3):
+def spread(seeds, digits=3):
     """The mean of some seeds, and half of their range."""
-    values = [value for value in values if value is not None]
-    if not values:
+    seeds = [value for value in seeds if value is not None]
+    if not seeds:
         return "–"
-    half = (max(values) - min(values)) / 2
-    mean, half = (f"{value:.{digits}f}".replace("0.", ".", digits == 3) for value in (statistics.mean(values), half))
-    return f"{mean} ± {half}" if len(values) > 1 else mean
+    half = (max(seeds) - min(seeds)) / 2
+    mean, half = (f"{value:.{digits}f}".replace("0.", ".", digits == 3) for value in (statistics.mean(seeds), half))
+    return f"{mean} ± {half}" if len(seeds) > 1 else mean
 
 
 def forwards(name):
@@ -369,10 +339,10 @@ def forwards(name):
     return steps + trained * (3 + others)
 
 
-def reached(accuracy, name, by):
+def reached(accuracy, rows, by):
     """Images or seconds until an evaluation has that accuracy, between two by a straight line; None if none has."""
     before = (0, 0.0)
-    for spent, value in evaluations(name, by=by).items():
+    for spent, value in values(rows, by=by).items():
         if value >= accuracy:
             return before[0] + (spent - before[0]) * (accuracy - before[1]) / (value - before[1])
         before = spent, value
@@ -380,10 +350,15 @@ def reached(accuracy, name, by):
 
 def tables(args):
     """One table for each claim; a number is the mean of the seeds, and ± half of their range."""
-    epochs = (5, 10, 20) if CPU else (4, 10, 20, 30, 60)
+    epochs, all_kept, finals = (5, 10, 20) if CPU else (4, 10, 20, 30, 60), kept(), {}
+    for row in read(RESULTS / "finals.csv"):
+        if row["size"] == SCALE:
+            how = int(row["steps"]), float(row["guidance"])
+            finals.setdefault(f"{row['run']}-s{row['seed']}", {})[how] = float(row["accuracy"])
     for claim, runs in CLAIMS.items():
-        kept = {name: [seed for seed in seeds_of(name) if (KEPT / f"{seed}.csv").exists()] for name in runs}
-        if sum(map(bool, kept.values())) < 2:
+        done = {name: [seed for seed in seeds_of(name) if seed in all_kept] for name in runs}
+        done = {name: seeds for name, seeds in done.items() if seeds}
+        if len(done) < 2:
             continue  # nothing beside the run to compare with
         last = max(settings["train.max_epochs"] for _, settings in runs.values())
         shown = [epoch for epoch in epochs if epoch <= last]
@@ -392,90 +367,76 @@ def tables(args):
         head += ["1000 images to .80", "million forwards", "seconds in all"]
         head += [f"{steps} steps" + f", guidance {guidance:g}" * (guidance > 1) for steps, guidance in FINALS[1:]]
         print("|", " | ".join(head), "|\n|" + "---|" * len(head))
-        for name, done in kept.items():
-            if not done:
-                continue
-            curves, ends = [evaluations(seed) for seed in done], [finals(seed) for seed in done]
+        for name, seeds in done.items():
+            curves, ends = [values(all_kept[seed]) for seed in seeds], [finals.get(seed, {}) for seed in seeds]
             cells = [f"`{name}`", *(spread([curve.get(epoch) for curve in curves]) for epoch in shown)]
             cells += [", ".join(spread([list(curve.values())[-1]]) for curve in curves)]
-            images = [reached(0.8, seed, "images") for seed in done]
-            if None in images:
-                cells += ["–", "–"]
-            else:
-                cells += [spread([n / 1e3 for n in images], 1)]
-                cells += [spread([n * forwards(done[0]) / 1e6 for n in images], 2)]
-            cells += [f"{statistics.mean(list(evaluations(seed, by='seconds'))[-1] for seed in done):.0f}"]
-            cells += [spread([float(end[how]["accuracy"]) for end in ends if how in end]) for how in FINALS[1:]]
+            images = [reached(0.8, all_kept[seed], "images") for seed in seeds]
+            images = [] if None in images else images
+            cells += [spread([n / 1e3 for n in images], 1), spread([n * forwards(seeds[0]) / 1e6 for n in images], 2)]
+            cells += [f"{statistics.mean(list(values(all_kept[seed], by='seconds'))[-1] for seed in seeds):.0f}"]
+            cells += [spread([end.get(how) for end in ends]) for how in FINALS[1:]]
             print("|", " | ".join(cells), "|")
 
 
 def figures(args):
-    """One figure for each claim, of accuracy against images; and of the reward trained on, where that is another."""
-    sys.path.insert(0, str(HERE))
+    """A figure for each claim, accuracy against images, and the reward trained on, where that is another; README's."""
     import plot
 
-    for claim, runs in CLAIMS.items():
-        series = {name: [KEPT / f"{seed}.csv" for seed in seeds_of(name)] for name in runs}
-        series = {name: paths for name, paths in series.items() if all(path.exists() for path in paths)}
+    all_kept = kept()
+    for claim, runs in (CLAIMS | {"README": LONG}).items():
+        series = {label: [all_kept[s] for s in seeds_of(LONG.get(label, label)) if s in all_kept] for label in runs}
+        series = {label: seeds for label, seeds in series.items() if len(seeds) == len(SEEDS) or label in LONG}
         columns = {"eval/total": "held-out accuracy"}
-        if any("eval.reward" in settings for _, settings in runs.values()):
+        if any(label.endswith("-proxy") for label in runs):
             columns = {"train/reward/total": "reward trained on"} | columns
+        out = HERE / f"{SCALE}.png" if runs is LONG else RESULTS / f"claim-{claim.split()[0]}-{SCALE}.png"
         if len(series) > 1:
-            plot.draw(HERE / f"claim-{claim.split()[0]}-{SCALE}.png", series, columns)
+            plot.draw(out, series, columns)
 
 
 def ratios(args):
     """Means over the epochs of the log-ratio before and after GRPO-Guard's normalisation, and of its gradient."""
+    seeds = {}
+    for word in args.names:
+        if word.endswith(".csv"):
+            seeds[word] = [step for row in read(word) for step in by_step(row)]
+        else:
+            rows = [row for row in read(RESULTS / "steps.csv") if (row["size"], row["run"]) == (SCALE, word)]
+            seeds |= {(word, seed): [row for row in rows if row["seed"] == seed] for seed in {r["seed"] for r in rows}}
+    if not any(seeds.values()):
+        sys.exit(f"error: no such steps of GRPO-Guard, neither in {RESULTS / 'steps.csv'} nor in a file")
     names = ("raw_log_ratio", "raw_log_ratio_std", "log_ratio", "log_ratio_std", "gradient_scale")
     print("| step |", " | ".join(names), "|\n|" + "---|" * (len(names) + 1))
-    tables = []
-    for path in args.files:
-        with open(path, newline="") as file:
-            tables.append(list(csv.DictReader(file)))
-    for k in range(100):
+    for k in sorted({int(row["step"]) for rows in seeds.values() for row in rows}):
         cells = []
         for name in names:
-            columns = [
-                [float(row[f"train/{name}@{k}"]) for row in rows if row.get(f"train/{name}@{k}")] for rows in tables
-            ]
+            columns = [[float(row[name]) for row in rows if row["step"] == str(k)] for rows in seeds.values()]
             means = [statistics.mean(column) for column in columns if column]
-            if means:
-                cells.append(f"{statistics.mean(means):.2g} ({min(means):.2g} to {max(means):.2g})")
-        if cells:
-            print("|", k, "|", " | ".join(cells), "|")
+            cells.append(f"{statistics.mean(means):.2g} ({min(means):.2g} to {max(means):.2g})")
+        print("|", k, "|", " | ".join(cells), "|")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True)
-    verbs.add_parser("list").set_defaults(do=lambda args: print_list())
-    show = verbs.add_parser("show")
-    show.add_argument("names", nargs="+")
-    show.set_defaults(do=lambda args: [print("python", shlex.join(command(n, args.out))) for n in chosen(args.names)])
-    runs = verbs.add_parser("run")
-    runs.add_argument("names", nargs="+")
-    runs.add_argument("--parallel", type=int, default=1, help="runs at a time")
-    runs.add_argument("--gpus", type=int, default=0, help="share the runs out to so many GPUs")
-    runs.add_argument("--again", action="store_true", help="repeat those that are kept already")
-    runs.add_argument("--seconds", type=float, default=float("inf"), help="end what still runs then")
-    runs.set_defaults(do=run_all)
-    for verb in (show, runs):
-        verb.add_argument("--out", default=f"runs/claims-{SCALE}")
-    verbs.add_parser("table").set_defaults(do=tables)
-    verbs.add_parser("figures").set_defaults(do=figures)
-    of_steps = verbs.add_parser("ratios")
-    of_steps.add_argument("files", nargs="+")
-    of_steps.set_defaults(do=ratios)
+    for verb, do in {"list": show_claims, "table": tables, "figures": figures}.items():
+        verbs.add_parser(verb).set_defaults(do=do)
+    for verb, do in {"show": show, "run": run_all, "ratios": ratios}.items():
+        verb = verbs.add_parser(verb)
+        verb.set_defaults(do=do)
+        verb.add_argument("names", nargs="+")
+        if do is not ratios:
+            verb.add_argument("--out", default=f"runs/claims-{SCALE}")
+        if do is run_all:
+            verb.add_argument("--parallel", type=int, default=1, help="runs at a time")
+            verb.add_argument("--gpus", type=int, default=0, help="share the runs out to so many GPUs")
+            verb.add_argument("--again", action="store_true", help="repeat those that are kept already")
     args = parser.parse_args()
     if getattr(args, "parallel", 1) < 1:
         sys.exit(f"error: --parallel {args.parallel}: take at least 1")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for | head
     args.do(args)
-
-
-def print_list():
-    for claim, runs in CLAIMS.items():
-        print(f"{claim}\n    {' '.join(runs)}")
 
 
 if __name__ == "__main__":

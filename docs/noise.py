@@ -1,6 +1,6 @@
 """How much noise a sampler leaves in its images: the embedded base model under each dynamics, by number of steps.
 
-    python docs/noise.py    some minutes on one CPU core: the table of docs/results.md (claim 7), and results/noise.csv
+    python docs/noise.py    some minutes on one CPU core: the table of docs/results/claim-7.md, and noise.csv beside it
 
 Every step but the last is stochastic. "Noise" is the size of what the checker's world has none of, pixel to pixel
 differences on flat background: 1.4826 x the median of |pixel - mean of its four neighbours|, in thousandths of the
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 common, world = __import__("common"), __import__("shapes.world", fromlist=["world"])
 
 SAMPLERS = [("ODE", 0.0), ("Flow-SDE", 0.7), ("Flow-SDE", 1.0), ("Dance-SDE", 0.3), ("CPS", 0.5), ("CPS", 0.8)]
@@ -51,8 +52,8 @@ def spread(values, form):
 
 def main():
     torch.set_num_threads(1)
-    pipe = common.load_pipeline(common.RunArgs.model, torch.device("cpu"), torch.float32)
-    prompts = [p for p in common.read_prompts(str(common.HERE / "shapes" / "prompts" / "eval.txt")) for _ in range(2)]
+    pipe = common.load_pipeline(str(ROOT / "shapes" / "model"), torch.device("cpu"), torch.float32)
+    prompts = [p for p in (ROOT / "shapes" / "prompts" / "eval.txt").read_text().splitlines() for _ in range(2)]
     cells = [f"{steps} steps: accuracy | noise" for steps in STEPS]
     print("| sampler |", " | ".join(cells), "|\n|---|" + "---|---|" * len(STEPS))
     kept = ["sampler,steps,seed,accuracy,noise"]
@@ -65,7 +66,7 @@ def main():
             right, noise = zip(*seeds, strict=True)
             row += [spread(right, ".3f"), spread(noise, ".2f")]
         print("|", " | ".join(row), "|", flush=True)
-    (Path(__file__).parent / "results" / "noise.csv").write_text("\n".join(kept) + "\n")
+    (ROOT / "docs" / "results" / "noise.csv").write_text("\n".join(kept) + "\n")
 
 
 if __name__ == "__main__":

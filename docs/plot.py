@@ -19,18 +19,22 @@ except ImportError:
     sys.exit("docs/plot.py needs matplotlib: pip install matplotlib")
 
 
-def curve(path, column):
-    """{images: value} of a column of a metrics.csv, where it has one."""
+def read(path):
     with open(path, newline="") as file:
-        return {int(row["images"]): float(row[column]) for row in csv.DictReader(file) if row[column]}
+        return list(csv.DictReader(file))
+
+
+def curve(rows, column):
+    """{images: value} of a column of a metrics.csv, where it has one."""
+    return {int(row["images"]): float(row[column]) for row in rows if row[column]}
 
 
 def draw(out, series, columns):
-    """series: {label: paths}. columns: {column of metrics.csv: what to call it}; each has its panel."""
+    """series: {label: [rows of a metrics.csv]}. columns: {one of it: what to call it}; each has its panel."""
     figure, panels = plt.subplots(1, len(columns), figsize=(7 * len(columns), 4), squeeze=False)
     for axes, (column, name) in zip(panels[0], columns.items(), strict=True):
-        for label, paths in series.items():
-            curves = [curve(path, column) for path in paths]
+        for label, seeds in series.items():
+            curves = [curve(rows, column) for rows in seeds]
             end = min(max(c) for c in curves)
             images = sorted(i for i in set().union(*curves) if i <= end)
             values = np.array([np.interp(images, list(c), list(c.values())) for c in curves])
@@ -46,7 +50,8 @@ def draw(out, series, columns):
 
 def main(out, *series):
     pairs = [one.partition("=") for one in series]
-    draw(out, {label: paths.split(",") for label, _, paths in pairs}, {"eval/total": "held-out accuracy"})
+    series = {label: [read(path) for path in paths.split(",")] for label, _, paths in pairs}
+    draw(out, series, {"eval/total": "held-out accuracy"})
 
 
 if __name__ == "__main__":
