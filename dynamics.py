@@ -1,6 +1,7 @@
 """One step of sampling a rectified flow, four ways: Flow-SDE, Dance-SDE, CPS and ODE; and a faster way for the ODE.
 
-Pure functions of tensors: no model, no schedule, no state. All of them share these names.
+Pure functions of tensors: no model, no schedule, no state. A rule of your own is a function like `dance_sde`, given to
+`step` in place of a name; an entry in RULES makes it a name. All of them share these names.
 
     name         symbol        shape            meaning
     sigma        σ             float or (B,)    noise level now, from 1 (noise) down to 0 (image)
@@ -26,7 +27,6 @@ from typing import NamedTuple, Optional
 
 import torch
 
-DYNAMICS = ("Flow-SDE", "Dance-SDE", "CPS", "ODE")
 SOLVERS = ("Euler", "DPM-Solver++")
 
 
@@ -43,63 +43,81 @@ class Step(NamedTuple):
     """Standard deviation of the whole transition, broadcastable to x: 0-dimensional, or (B, 1, ...) for (B,) sigmas."""
 
 
+# The rules: (v, x, sigma, sigma_next, noise_level, sigma_second) -> (mean, std), on tensors in one dtype that broadcast
+
+
+def flow_sde(v, x, sigma, sigma_next, noise_level, sigma_second):
+    """g = a √(σ / (1 − σ)), arXiv 2505.05470, is infinite at σ = 1.
+
+    So in the first step, the one with σ > sigma_second, the schedule's second sigma stands in for σ in the denominator
+    (the released code of Flow-GRPO; the paper is silent). A schedule that starts at 0.999 is treated alike.
+    """
+    g = noise_level * torch.sqrt(sigma / (1 - torch.minimum(sigma, sigma_second)))
+    return _euler_maruyama(v, x, sigma, sigma - sigma_next, g)
+
+
+def dance_sde(v, x, sigma, sigma_next, noise_level, sigma_second):
+    """g = η, arXiv 2505.07818."""
+    g = noise_level * torch.ones_like(sigma)
+    return _euler_maruyama(v, x, sigma, sigma - sigma_next, g)
+
+
+def cps(v, x, sigma, sigma_next, noise_level, sigma_second):
+    """τ = σ' sin(aπ/2), μ = (1 − σ') x̂0 + √(σ'² − τ²) x̂1, arXiv 2509.05952: fresh noise replaces a part of x̂1."""
+    x0, x1 = x - sigma * v, x + (1 - sigma) * v
+    kept = sigma_next * math.cos(noise_level * math.pi / 2)  # √(σ'² − τ²)
+    return (1 - sigma_next) * x0 + kept * x1, sigma_next * math.sin(noise_level * math.pi / 2)
+
+
+def ode(v, x, sigma, sigma_next, noise_level, sigma_second):
+    """μ = x − h v, τ = 0: Euler's step, at any noise level."""
+    h = sigma - sigma_next
+    return x - h * v, torch.zeros_like(h)
+
+
+def _euler_maruyama(v, x, sigma, h, g):
+    """μ = x − h (v + g²/2σ · x̂1), gathered by x and v, and τ = g √h."""
+    mean = x * (1 - g**2 * h / (2 * sigma)) - h * v * (1 + g**2 * (1 - sigma) / (2 * sigma))
+    return mean, g * torch.sqrt(h)
+
+
+RULES = {"Flow-SDE": flow_sde, "Dance-SDE": dance_sde, "CPS": cps, "ODE": ode}
+DYNAMICS = tuple(RULES)
+
+
 def step(
-    dynamics_type,
-    v,
-    x,
-    sigma,
-    sigma_next,
-    noise_level,
-    *,
-    sigma_second=None,
-    x_next=None,
-    generator=None,
+    dynamics_type, v, x, sigma, sigma_next, noise_level, *, sigma_second=None, x_next=None, generator=None
 ) -> Step:
     """Take one step from sigma to sigma_next, or score a step already taken.
 
+    dynamics_type: a name of DYNAMICS, or a rule: any function like the four above. Anything else raises ValueError.
     v, x: (B, ...) of any float dtype. Everything is computed in float32 (in float64 if either is float64).
     sigma, sigma_next, sigma_second: a float, a scalar tensor or a (B,) tensor, with 1 >= sigma > sigma_next >= 0.
-    sigma_second: the second sigma of the schedule. Flow-SDE's g is infinite at sigma = 1, so in the first step, and
-        only there, it stands in for sigma in the denominator (the released code of Flow-GRPO; the paper is silent).
-        The first step is the one with sigma > sigma_second, so a schedule that starts at 0.999 is treated alike.
-        Left out, it is sigma_next wherever sigma is 1.
-    x_next: (B, ...) the step that was taken; drawn if None, and then rounded to x's dtype before it is scored, so
-        that what is stored is what was scored.
+    sigma_second: the second sigma of the schedule (see `flow_sde`); left out, it is sigma_next wherever sigma is 1.
+    x_next: (B, ...) the step that was taken; drawn if None, and rounded to x's dtype, as it is stored, before scoring.
     generator: a torch.Generator, or a list of B of them on the CPU, one per sample.
-
-    Raises ValueError for an unknown dynamics_type.
     """
-    if dynamics_type not in DYNAMICS:
-        raise ValueError(f"dynamics_type {dynamics_type!r} is not one of {', '.join(DYNAMICS)}")
+    if not callable(dynamics_type) and dynamics_type not in DYNAMICS:
+        raise ValueError(f"dynamics_type {dynamics_type!r} is not one of {', '.join(DYNAMICS)}, nor a function")
+    rule = dynamics_type if callable(dynamics_type) else RULES[dynamics_type]
     dtype = torch.promote_types(torch.promote_types(v.dtype, x.dtype), torch.float32)
     storage = x.dtype
     v, x = v.to(dtype), x.to(dtype)
     sigma, sigma_next = _like(sigma, x), _like(sigma_next, x)
     sigma_second = torch.where(sigma < 1, sigma, sigma_next) if sigma_second is None else _like(sigma_second, x)
-    h = sigma - sigma_next
 
-    if dynamics_type == "CPS":  # arXiv 2509.05952: split the noise σ' x̂1 into a kept part and a fresh part
-        std = sigma_next * math.sin(noise_level * math.pi / 2)
-        kept = sigma_next * math.cos(noise_level * math.pi / 2)  # √(σ'² − τ²)
-        mean = (1 - sigma_next) * (x - sigma * v) + kept * (x + (1 - sigma) * v)
-    else:
-        if dynamics_type == "Flow-SDE":  # arXiv 2505.05470: g = a √(σ / (1 − σ))
-            g = noise_level * torch.sqrt(sigma / (1 - torch.minimum(sigma, sigma_second)))
-        elif dynamics_type == "Dance-SDE":  # arXiv 2505.07818: g = η
-            g = noise_level * torch.ones_like(sigma)
-        else:
-            g = torch.zeros_like(sigma)
-        std = g * torch.sqrt(h)
-        # Euler-Maruyama, μ = x − h (v + g²/2σ · x̂1), gathered by x and v
-        mean = x * (1 - g**2 * h / (2 * sigma)) - h * v * (1 + g**2 * (1 - sigma) / (2 * sigma))
-
-    random = dynamics_type != "ODE" and bool((std > 0).any())
+    mean, std = rule(v, x, sigma, sigma_next, noise_level, sigma_second)
+    std = torch.as_tensor(std, dtype=dtype)  # a number will do
+    # a std of (B,) would run along the last dimension of x
+    fits = std.ndim == 0 or (std.ndim == x.ndim and all(n in (1, of) for n, of in zip(std.shape, x.shape, strict=True)))
+    if mean.shape != x.shape or not fits:
+        given = f"mean {tuple(mean.shape)} and std {tuple(std.shape)} for x {tuple(x.shape)}"
+        raise ValueError(f"{rule} returned {given}; mean must have x's shape, std be 0-dimensional or (B, 1, ...)")
+    random = bool((std > 0).any())
     if x_next is None:
-        x_next = mean.detach()
-        if random:
-            x_next = x_next + std * _randn(x, generator)
-        x_next = x_next.to(storage)
-    log_prob = _log_prob(dynamics_type, x_next.detach().to(dtype), mean, std) if random else None
+        drawn = mean + std * _randn(x, generator) if random else mean
+        x_next = drawn.detach().to(storage)
+    log_prob = _log_prob(rule, x_next.detach().to(dtype), mean, std) if random else None
     return Step(x_next, log_prob, mean, std)
 
 
@@ -128,16 +146,15 @@ def dpm_step(v, x, sigma, sigma_next, sigma_last=None, x0_last=None):
     return (ahead + sigma_next / sigma * (x - ahead)).to(storage), x0
 
 
-def _log_prob(dynamics_type, x_next, mean, std):
+def _log_prob(rule, x_next, mean, std):
     """(B,): the mean over the latent dimensions D of log N(x_next; mean, std²), that is, log p(x_next) / D.
 
-    For CPS it is the surrogate −(x_next − mean)² of the authors and of every implementation: 1/(2 std²) is dropped
-    although it differs from step to step, which weights step i by 2 std_i² against the true density.
+    For `cps` alone it is the surrogate −(x_next − mean)² of the authors and of every implementation: 1/(2 std²) is
+    dropped although it differs from step to step, which weights step i by 2 std_i² against the true density.
     """
-    if dynamics_type == "CPS":
-        log_density = -((x_next - mean) ** 2)
-    else:
-        log_density = -((x_next - mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)
+    log_density = -((x_next - mean) ** 2)
+    if rule is not cps:
+        log_density = log_density / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)
     return log_density.flatten(1).mean(dim=1)
 
 

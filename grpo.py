@@ -36,33 +36,23 @@ import torch
 
 import common
 import dynamics
-import rewards
-from common import Resolution, Snapshot, generators, refuse, replay, rollout, size
+from common import Snapshot, gdpo_advantages, group_advantages, replay, sample
+from harness import arguments, console, contract, ending, evaluation, machine, settings
+from harness.checkpoint import Checkpoint
+from harness.checks import check_args
+from harness.fields import Count, NotNegative, Positive, refuse
+from harness.run import Run
+from rewards import make_rewards
 
 
 @dataclass
-class TrainArgs:
-    """Flow-GRPO's settings for SD3.5-medium are the defaults, but for kl_beta."""
+class TrainArgs(settings.TrainArgs):
+    """Flow-GRPO's own settings; those of every algorithm, the prompts and groups of an epoch, the optimizer and the
+    average, are in harness/settings.py. The defaults are the paper's for SD3.5-medium.
+    """
 
     trainer_type: Literal["grpo"] = "grpo"
     """Names this script in YAML files."""
-
-    # What is sampled in an epoch
-
-    unique_sample_num_per_epoch: int = 48
-    """Prompts in an epoch; a shorter file is gone through again."""
-    group_size: int = 24
-    """Images of each prompt; their rewards are compared with one another."""
-    per_device_batch_size: int = 12
-    """Images in one call of the pipeline, in sampling and in training alike. Where it divides group_size, a call has
-    one prompt: groups of equal rewards cost no training (without a KL), and same_init_noise shares the steps before the
-    noise."""
-    resolution: Resolution = 512
-    """Pixels in training: one side of a square, or height and width."""
-    num_inference_steps: int = 10
-    """Sampling steps T in training; far fewer than for evaluation will do (Flow-GRPO)."""
-    guidance_scale: float = 4.5
-    """Classifier-free guidance in sampling and in training alike; 1 is none."""
     same_init_noise: bool = False
     """Start all images of a group from one noise (DanceGRPO, MixGRPO) instead of each from its own (Flow-GRPO)."""
 
@@ -70,13 +60,13 @@ class TrainArgs:
 
     dynamics_type: Literal[dynamics.DYNAMICS] = "Flow-SDE"
     """The stochastic step: Flow-SDE, Dance-SDE or CPS. ODE has no density and is for nft.py."""
-    noise_level: float = 0.7
+    noise_level: Positive = 0.7
     """a of Flow-SDE (0.7), eta of Dance-SDE (0.3), a of CPS (0.8)."""
     train_steps: Optional[list[int]] = None
     """Candidates for the steps that are stochastic and trained, from 0 (all noise); None is all but the last."""
     num_train_steps: Optional[int] = None
     """How many of the candidates are drawn in each epoch; the other steps are ODE. None is all of them."""
-    shift_interval: Optional[int] = None
+    shift_interval: Optional[Count] = None
     """Epochs after which MixGRPO's window, num_train_steps neighbouring candidates, moves on by one, up to the last
     ones. None draws the candidates anew in each epoch."""
     tail_steps: Optional[int] = None
@@ -85,9 +75,9 @@ class TrainArgs:
 
     # The loss
 
-    clip_range: float = 1e-4
+    clip_range: Positive = 1e-4
     """The ratio counts within 1 ± this, which is small because log-densities are averaged over dimensions."""
-    adv_clip_range: float = 5.0
+    adv_clip_range: Positive = 5.0
     """Advantages are clipped to ± this."""
     global_std: bool = False
     """Divide advantages by the standard deviation of all rewards of the epoch instead of the group's. Not in gdpo."""
@@ -98,47 +88,18 @@ class TrainArgs:
     kl_type: Literal["v-based", "x-based"] = "v-based"
     """The penalty: mean (v − v_ref)² or mean (mean − mean_ref)². In Flow-SDE the second is (h (1 + a²/2))²
     times the first (h² in the first step)."""
-    kl_beta: float = 0.04
+    kl_beta: NotNegative = 2e-3
     """Weight of the KL penalty; 0 keeps no copy of the base model. Flow-GRPO's own 0.04 weighs mean Δμ² / 2g², which on
     SD3.5's schedule is 15000 (first step) to 3 times (ninth) smaller than the v-based penalty, so that on average 0.002
     is as strong here; 0.04, the usual value in YAML files, is 20 times as strong."""
-    ref_param_device: Literal["same_as_model", "cpu"] = "same_as_model"
-    """Where the base model's copy of the trained parameters waits."""
-
-    # The optimizer
-
-    max_epochs: int = 1000
-    """Epochs of the run."""
-    gradient_step_per_epoch: int = 2
-    """Optimizer steps in one pass over an epoch's images; after the first the policy is no longer that of sampling."""
-    num_inner_epochs: int = 1
-    """Passes over an epoch's images."""
-    learning_rate: float = 3e-4
-    """Of AdamW, constant."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of AdamW's first and second moments."""
-    adam_weight_decay: float = 1e-4
-    """Decoupled weight decay."""
-    adam_epsilon: float = 1e-8
-    """Must be well below the gradients, which a mean over dimensions makes small."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    enable_gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
-    ema_decay: float = 0.9
-    """Of the average of the trained parameters that is evaluated and saved; 0 keeps none."""
-    ema_update_interval: int = 8
-    """Optimizer steps between updates of that average."""
-    seed: int = 0
-    """With the other settings this decides the run."""
 
 
 @dataclass
-class Args(common.RunArgs):
+class Args(settings.RunArgs):
     """Flow-GRPO. See the top of grpo.py."""
 
     train: TrainArgs = field(default_factory=TrainArgs)
-    eval: common.EvalArgs = field(default_factory=common.EvalArgs)
+    eval: settings.EvalArgs = field(default_factory=settings.EvalArgs)
 
 
 def check(args):
@@ -147,29 +108,12 @@ def check(args):
     if train.dynamics_type == "ODE":
         remedy = "the ODE has no density to train on; take Flow-SDE, Dance-SDE or CPS, or train with nft.py"
         refuse("train.dynamics_type", "ODE", remedy)
-    if train.noise_level <= 0:
-        refuse("train.noise_level", train.noise_level, "must be above 0; 0.7 is usual")
-    if train.group_size < 2:
-        refuse("train.group_size", train.group_size, "an image alone in its group has advantage 0; take at least 2")
-    checks = common.check_args(args)
-    steps, last = candidate_steps(train), train.num_inference_steps - 1
-    if train.train_steps is None and not steps:
-        refuse("train.num_inference_steps", 1, "train.train_steps = None is all but the last step, so none; take more")
-    if not steps or sorted(set(steps)) != sorted(steps) or not all(0 <= k <= last for k in steps):
-        refuse(
-            "train.train_steps",
-            train.train_steps,
-            f"with train.num_inference_steps = {last + 1} needs different indices from 0 to {last}",
-        )
+    check_args(args)
+    steps, last = common.candidate_steps(train), train.num_inference_steps - 1
     if train.dynamics_type == "CPS" and train.noise_level > 1:
         refuse("train.noise_level", train.noise_level, "CPS takes at most 1, which replaces all noise by fresh noise")
     if train.dynamics_type == "CPS" and last in steps:
         refuse("train.train_steps", train.train_steps, f"CPS has no noise in its last step; leave out {last}")
-    if train.num_train_steps is not None and not 1 <= train.num_train_steps <= len(steps):
-        remedy = f"must be 1 to {len(steps)}, or None: train.train_steps has the candidates {sorted(steps)}"
-        refuse("train.num_train_steps", train.num_train_steps, remedy)
-    if train.shift_interval is not None and train.shift_interval < 1:
-        refuse("train.shift_interval", train.shift_interval, "must be at least 1; MixGRPO has 25")
     if train.shift_interval is not None and train.num_train_steps is None:
         remedy = "moves a window of train.num_train_steps steps, which is None; set that too (MixGRPO has 4)"
         refuse("train.shift_interval", train.shift_interval, remedy)
@@ -177,19 +121,11 @@ def check(args):
     if train.tail_steps is not None and not 1 <= train.tail_steps <= most:
         remedy = f"the last stochastic step is {last - most} or later, and after it come at most {most} steps"
         refuse("train.tail_steps", train.tail_steps, f"{remedy}; take 1 to that many, or None")
-    for key, value, checked in checks:
-        with common.refusing(key, value):
-            rewards.check_rewards(*checked)
-
-
-def candidate_steps(train):
-    """Indices of the steps that may be stochastic and trained."""
-    return list(range(train.num_inference_steps - 1)) if train.train_steps is None else train.train_steps
 
 
 def drawn_steps(train, epoch):
     """The stochastic, trained steps of an epoch (from 1), decided by (seed, epoch) alone."""
-    candidates = candidate_steps(train)
+    candidates = common.candidate_steps(train)
     count = train.num_train_steps or len(candidates)
     if train.shift_interval:
         start = min((epoch - 1) // train.shift_interval, len(candidates) - count)
@@ -200,13 +136,13 @@ def drawn_steps(train, epoch):
 
 def most_steps(train):
     """Sampling steps of an image with a tail, at most: those up to the last stochastic one, and the tail."""
-    start, end = max(candidate_steps(train)) + 1, train.num_inference_steps
+    start, end = max(common.candidate_steps(train)) + 1, train.num_inference_steps
     return start + min(train.tail_steps, end - start) if train.tail_steps else None
 
 
 def step_weights(train, sigmas):
     """{k: weight} of each candidate step in the loss; they average to 1. sigmas: (T + 1,)."""
-    candidates, level = candidate_steps(train), train.noise_level
+    candidates, level = common.candidate_steps(train), train.noise_level
     if train.loss_weighting == "uniform":
         return dict.fromkeys(candidates, 1.0)
     x, second = torch.zeros(1, 1), sigmas[1]
@@ -216,30 +152,6 @@ def step_weights(train, sigmas):
     }
     mean = sum(std.values()) / len(std)
     return {k: std[k] / mean for k in candidates}
-
-
-def group_advantages(rewards, group_size, global_std=False):
-    """A = (R − group mean) / std, Flow-GRPO eq. 4. rewards: (N,), groups contiguous. Returns (N,).
-
-    The std is the group's, or with global_std that of all rewards (both without Bessel's correction). A group of
-    equal rewards has advantage 0: it says nothing about which image is better.
-    """
-    groups = rewards.reshape(-1, group_size)
-    centred = groups - groups.mean(dim=1, keepdim=True)
-    std = rewards.std(correction=0) if global_std else groups.std(dim=1, correction=0, keepdim=True)
-    constant = (groups == groups[:, :1]).all(dim=1, keepdim=True)
-    return torch.where(constant, 0, centred / (std + 1e-4)).reshape(-1)
-
-
-def gdpo_advantages(scores, weights, group_size):
-    """GDPO, arXiv 2601.05242: the weighted sum of each reward's own advantages in its groups, over the sum's std.
-
-    scores: {"name": (N,)}, groups contiguous; weights: {"name": weight}. Returns (N,), of mean 0 and, over the epoch,
-    std 1. So the scale of a reward does not count (if its std is well above 1e-4), only its weight; one that is
-    constant in a group adds 0 there.
-    """
-    total = sum(weight * group_advantages(scores[name], group_size, False) for name, weight in weights.items())
-    return total / (total.std(correction=0) + 1e-4)
 
 
 def grpo_loss(log_prob, old_log_prob, advantages, clip_range, adv_clip_range):
@@ -261,6 +173,13 @@ def grpo_loss(log_prob, old_log_prob, advantages, clip_range, adv_clip_range):
     }
 
 
+def has_gradient(advantages):
+    """Whether grpo_loss has one: where all advantages are 0, as in groups of equal rewards, it has none, and a call
+    need not be replayed. That is so of this loss; another may have a gradient there.
+    """
+    return bool(advantages.any())
+
+
 def kl_loss(kl_type, velocity, step, ref_velocity, ref_step):
     """The KL penalty of one step, and the exact KL of its two Gaussians per latent dimension.
 
@@ -272,94 +191,63 @@ def kl_loss(kl_type, velocity, step, ref_velocity, ref_step):
 
 
 def main():
-    args, sources = common.parse_args(Args, __doc__)
+    args, said = arguments.parse_args(Args, __doc__)
     check(args)
     train = args.train
-    run = common.Run(args, sources, __file__)
+    run = Run(args, said, __file__)
 
     # Model, reward, optimizer
-    device = common.pick_device(args)
-    made = rewards.make_rewards(args.reward, args.eval.reward, device, args.reward_options)
-    reward, eval_reward = map(run.watch, made)
-    judge = common.Judge(reward)
-    pipe = common.make_pipeline(args, device)
-    named = common.trainable_parameters(pipe, args, train.seed)
-    parameters = list(named.values())
-    reference = None
+    device = machine.pick_device(args)
+    reward, eval_reward = map(run.watch, make_rewards(args.reward, args.eval.reward, device, args.reward_options))
+    pipe, policy = machine.make_policy(args, device)  # policy: {name: trained parameter}
+    reference, ema = None, None
     if train.kl_beta > 0:
-        reference = Snapshot(parameters, device if train.ref_param_device == "same_as_model" else "cpu")
-    ema = Snapshot(parameters) if train.ema_decay > 0 else None
+        reference = Snapshot(policy.values(), device if train.ref_param_device == "same_as_model" else "cpu")
+    if train.ema_decay > 0:
+        ema = Snapshot(policy.values())
     optimizer = torch.optim.AdamW(
-        parameters, train.learning_rate, train.adam_betas, train.adam_epsilon, train.adam_weight_decay, fused=True
+        policy.values(), train.learning_rate, train.adam_betas, train.adam_epsilon, train.adam_weight_decay, fused=True
     )
-    checkpoint = common.Checkpoint(run, named, optimizer, reference=reference, ema=ema)
+    checkpoint = Checkpoint(run, policy, optimizer, reference=reference, ema=ema)
     prompts = common.read_prompts(args.prompts)
-    networks = 1 + bool(reference)
-    common.print_plan(run, args, parameters, len(drawn_steps(train, 1)), networks, most_steps(train))
+    run.print(console.plan(args, policy, len(drawn_steps(train, 1)), 1 + bool(reference), most_steps(train)))
 
     def evaluate(epoch):
         with ema.loaded() if ema else nullcontext():
-            columns = run.evaluate(epoch, pipe, eval_reward)
-            run.save_weights(pipe)
-        return columns
+            return run.evaluate(epoch, pipe, eval_reward, policy)
 
     first, updates = checkpoint.load(evaluate)  # 0, 0 of a new run; one that ends where it stopped is evaluated
     if first == 0:
         run.log({"epoch": 0, "images": 0, **evaluate(0)})
         checkpoint.save(0, updates)
-    height, width = size(train.resolution)
     for epoch in range(max(first, 1), train.max_epochs + 1):
         metrics = common.Metrics()
 
         # Sampling: the images of the epoch in order of (prompt, member), in calls of one batch
         steps = drawn_steps(train, epoch)
-        chosen = common.epoch_prompts(prompts, train.unique_sample_num_per_epoch, train.seed, epoch)
-        members = [(group, member) for group in range(len(chosen)) for member in range(train.group_size)]
-        rollouts, texts, looks = [], {}, common.Looks(train.group_size)  # texts: what was encoded already
-        batches = common.batches(common.own(members), train.per_device_batch_size)
-        for batch in common.progress(batches, "sampling and rewards"):
-            # the last number tells the noise at the start, 0, from that of the steps, 1
-            start_seeds = [(train.seed, epoch, g, 0 if train.same_init_noise else m, 0) for g, m in batch]
-            step_seeds = [(train.seed, epoch, g, m, 1) for g, m in batch]
-            call = dict(
-                prompt=[chosen[g] for g, _ in batch],
-                height=height,
-                width=width,
-                num_inference_steps=train.num_inference_steps,
-                guidance_scale=train.guidance_scale,
-                generator=generators(*start_seeds),
-                **args.call,
-            )
-            noise = generators(*step_seeds)
-            sibling = rollouts[-1] if rollouts else None  # whose ODE steps before the SDE are shared, if it began alike
-            tape = rollout(
-                pipe, call, train.dynamics_type, train.noise_level, steps, noise, train.tail_steps,
-                texts=texts, sibling=sibling,
-            )  # fmt: skip
-            images = tape.images.float()
-            judge.submit(images, call["prompt"])
-            looks.add(images)
+        calls = common.epoch_calls(args, prompts, epoch, train.same_init_noise)
+        rollouts, scoring = [], evaluation.Scoring(reward, train.group_size)
+        calls = console.progress(calls, "sampling and rewards")
+        for tape in sample(pipe, calls, train.dynamics_type, train.noise_level, steps, train.tail_steps):
+            scoring.add(tape.images, tape.call["prompt"])
             rollouts.append(replace(tape, images=None))  # a replay does not need them
-        scores = judge.scores()
-        totals = scores["total"]
-        metrics.add({f"reward/{name}": value.mean() for name, value in scores.items()})
+        scores, statistics = scoring.finish()
+        metrics.add(evaluation.epoch_metrics(scores, statistics, train.group_size))
         if train.advantage_aggregation == "gdpo":
             advantages = gdpo_advantages(scores, args.reward, train.group_size)
         else:
-            advantages = group_advantages(totals, train.group_size, train.global_std)
-        advantages = common.own(advantages).split(train.per_device_batch_size)  # scores are of all processes
-        silent = [not args.shard and not advantage.any() for advantage in advantages]  # of --shard, all run every call
+            advantages = group_advantages(scores["total"], train.group_size, train.global_std)
+        advantages = common.local_shard(advantages).split(train.per_device_batch_size)  # scores are of all processes
         weights = step_weights(train, rollouts[0].schedule.tolist())  # of the whole schedule, before a shorter tail
-        metrics.add(common.group_metrics(looks, totals, train.group_size))
         if epoch == 1:
-            first_step_contract(run, pipe, train, parameters, reference, rollouts, totals)
+            first_step_contract(run, pipe, train, policy, reference, rollouts, scores["total"])
 
         # Training: an optimizer step takes some of the calls, each with all of the trained steps
-        for chunk in common.calls_of_updates(train, epoch):
+        for chunk in common.minibatches(train, epoch):
             update = common.Metrics()
-            for i, k in common.progress(list(product(chunk, steps)), "training"):
-                if silent[i] and not reference:
-                    continue  # equal rewards give no gradient; what is logged is of the other calls
+            for i, k in console.progress(list(product(chunk, steps)), "training"):
+                if not (has_gradient(advantages[i]) or reference or args.shard):  # with --shard all run every call
+                    continue
                 if reference:
                     with torch.no_grad(), reference.loaded():
                         ref_velocity, ref_step = replay(pipe, rollouts[i], k)
@@ -376,43 +264,39 @@ def main():
                     update.add(terms)
                 update.add({"loss": loss})
                 (loss / (len(chunk) * len(steps))).backward()
-            metrics.add(common.step_optimizer(run, optimizer, named, update, train.max_grad_norm))
+            metrics.add(common.average_clip_step(run, optimizer, policy, update, train.max_grad_norm))
             updates += 1
             if ema and updates % train.ema_update_interval == 0:
                 ema.update(min(train.ema_decay, (1 + updates) / (10 + updates)))  # sooner away from the base model
         assert updates == epoch * train.num_inner_epochs * train.gradient_step_per_epoch
 
         due = epoch % args.eval.eval_freq == 0 or epoch == train.max_epochs
-        row = {"epoch": epoch, "images": epoch * len(members), **metrics.means("train/")}
+        images = epoch * train.unique_sample_num_per_epoch * train.group_size
+        row = {"epoch": epoch, "images": images, **metrics.means("train/")}
         run.log(row | (evaluate(epoch) if due else {}))
         checkpoint.save(epoch, updates)
+    run.finish(pipe)
 
 
-def first_step_contract(run, pipe, train, parameters, reference, rollouts, totals):
-    """Print what must hold before the first update, and stop the run if it does not."""
+def first_step_contract(run, pipe, train, policy, reference, rollouts, totals):
+    """What must hold before the first update; otherwise the run ends."""
     steps = rollouts[0].steps.items()
     log_ratios = [(replay(pipe, rollouts[0], k)[1].log_prob - old.log_prob).detach() for k, old in steps]
     log_ratio = torch.stack(log_ratios).abs().max().item()
-    run.contract("max |log ratio| before the first update, first call", log_ratio, log_ratio == 0)
+    terms = {"max |log ratio| of the first call": (log_ratio, log_ratio == 0)}
     if reference:
-        # at the base model the penalty and its gradient are 0, so look from a little beside it
-        beside = Snapshot(parameters)
-        beside.values = [value + 1e-3 * torch.randn_like(value) for value in beside.values]
-        k = next(iter(rollouts[0].steps))
-        with beside.loaded():
+
+        def penalty():
+            k = next(iter(rollouts[0].steps))
             with torch.no_grad(), reference.loaded():
                 ref = replay(pipe, rollouts[0], k)
-            kl_loss(train.kl_type, *replay(pipe, rollouts[0], k), *ref)[0].backward()
-        gradient = common.gradient_norm(parameters).item()
-        for p in parameters:
-            p.grad = None
-        run.contract("KL gradient, a little away from the base model", gradient, gradient > 0)
-    same = common.shared_noise(rollouts, train.group_size, train.same_init_noise)
-    run.contract("images that share their noise with another", same, same == 0)
-    difference = common.ode_difference(pipe, rollouts[0].call)
-    run.contract("ODE rollout against the plain pipeline, max |difference|", difference, difference == 0)
-    run.check_signal(totals, train.group_size)
+            return kl_loss(train.kl_type, *replay(pipe, rollouts[0], k), *ref)[0]
+
+        terms |= contract.kl_gradient(policy, penalty)
+    run.contract(terms | contract.sampling(pipe, rollouts, train.group_size, train.same_init_noise))
+    if not has_gradient(group_advantages(totals, train.group_size)):
+        run.print("warning: no reward differs within its group, so there is nothing to learn from it")
 
 
 if __name__ == "__main__":
-    common.start(main)
+    ending.start(main)

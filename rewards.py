@@ -925,3 +925,7 @@ def _checked(name, function, images, prompts):
         bad = int((~value.isfinite()).nonzero()[0])
         raise RewardError(name, f"returned {value[bad].item()} for image {bad}")
     return value.reshape(-1, frames).mean(dim=1)
+
+
+def check_untrusted(weights, options):
+    pass

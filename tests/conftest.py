@@ -12,6 +12,8 @@ import torch
 
 import common
 import grpo
+from harness import ending, machine
+from harness.settings import RunArgs
 
 torch.set_num_threads(1)  # the same result on every machine, and the fastest where the cores are shared
 
@@ -28,7 +30,7 @@ def make_pipe():
     """The embedded pipeline with an adapter that does something, in a dtype."""
 
     def make(dtype=torch.float32, finetune_type="lora", **train):
-        pipe = common.load_pipeline(common.RunArgs.model, "cpu", dtype)
+        pipe = common.load_pipeline(RunArgs.model, "cpu", dtype)
         args = grpo.Args(finetune_type=finetune_type, lora_rank=4, train=grpo.TrainArgs(**train))
         parameters = common.trainable_parameters(pipe, args, seed=0)
         torch.manual_seed(1)
@@ -44,7 +46,7 @@ def call():
     """Keyword arguments for four images of the embedded pipeline, with fresh generators each time."""
 
     def make(count=4, steps=5, guidance_scale=1.0, resolution=32, same_noise=False):
-        height, width = common.size(resolution)
+        height, width = common.height_width(resolution)
         return dict(
             prompt=["a red circle", "two blue squares", "a red circle left of a blue square", "a white cross"][:count],
             height=height,
@@ -85,8 +87,8 @@ def read_csv(path):
 
 @contextlib.contextmanager
 def handlers_kept():
-    """Leaves the handlers of signals as they were, which common.start sets."""
-    kept = {number: signal.getsignal(number) for number in common.SIGNALS}
+    """Leaves the handlers of signals as they were, which ending.start sets."""
+    kept = {number: signal.getsignal(number) for number in ending.SIGNALS}
     try:
         yield
     finally:
@@ -112,8 +114,8 @@ def refusal(start, monkeypatch, capsys):
     """The message of a command that must be refused with status 2 before anything is loaded or written."""
 
     def call(script, *argv):
-        for name in ("load_pipeline", "Run"):
-            monkeypatch.setattr(common, name, lambda *_: pytest.fail("went on"))
+        monkeypatch.setattr(machine, "load_pipeline", lambda *_: pytest.fail("went on"))
+        monkeypatch.setattr(script, "Run", lambda *_: pytest.fail("went on"))
         with pytest.raises(SystemExit) as exit:
             start(script, *argv)
         assert exit.value.code == 2

@@ -1,0 +1,1 @@
+"""What surrounds a run; nobody has to read it to change an algorithm."""

@@ -1,0 +1,249 @@
+"""Checkpoints: what is written is complete or absent, and what was damaged later is found out."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import time
+from contextlib import contextmanager, nullcontext, suppress
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+
+from harness.arguments import repeatable
+from harness.ending import RunError
+from harness.fields import refuse
+from harness.parallel import gather, rank
+
+MOST_SKIPPED = 5  # updates in a row
+
+
+def write_file(path, text):
+    """A text file, in the place of what was there before, complete or not at all."""
+    new = path.with_name(f"{path.name}.tmp")
+    with open(new, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # what takes its place is on the disk
+    os.replace(new, path)
+
+
+def temporary(folder):
+    """Where a folder is until it is complete."""
+    return folder.with_name(f"{folder.name}.tmp")
+
+
+@contextmanager
+def atomic_folder(folder, replace=False):
+    """An empty folder to fill, which then becomes `folder`; where that fails nothing of it is left.
+
+    What was there before goes only at the end, and only with `replace`; without, it may be an empty folder.
+    """
+    new = temporary(folder)
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        readers = new.stat().st_mode & 0o444
+        for path in (*new.rglob("*"), new):
+            path.chmod(path.stat().st_mode | readers)  # safetensors are the owner's alone
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if replace:
+        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        folder.rmdir()
+    new.rename(folder)
+
+
+def sha256(path):
+    """The checksum of a file, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum(parameters):
+    """The sum of all bits of float32 parameters as integers, on their own device; 0 of sharded ones."""
+    sums = [p.detach().view(torch.int32).sum() for p in parameters if not isinstance(p, DTensor)]
+    return torch.stack(sums).sum().item() if sums else 0
+
+
+def check_finite(policy, epoch):
+    """End the run where a trained parameter is not finite: nothing of it is saved. policy: {name: parameter}."""
+    local = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in policy.items()}
+    finite = torch.stack([p.detach().isfinite().all() for p in local.values()]).tolist()
+    wrong = [name for name, holds in zip(local, finite, strict=True) if not holds]
+    if wrong := next(filter(None, gather(wrong[:1])), None):
+        remedy = "nothing of it was saved; a smaller train.learning_rate would do"
+        raise RunError(f"after epoch {epoch} {wrong[0]} is not finite; {remedy}")
+
+
+def checkpoints(run_folder):
+    """The checkpoints of a run, oldest first; one that is being written or removed has a suffix and is none."""
+    folders = [path for path in (run_folder / "checkpoints").glob("epoch_*") if not path.suffix]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("epoch_")))
+
+
+def damage(checkpoint):
+    """What is wrong with a checkpoint, by its checksums; None if nothing is."""
+    try:
+        lines = (checkpoint / "SHA256SUMS").read_text().splitlines()
+        sums = {name: digits for digits, name in (line.split("  ") for line in lines)}
+        for name in {path.name for path in checkpoint.iterdir()} - {"SHA256SUMS"} | sums.keys() | {"state.json"}:
+            if sha256(checkpoint / name) != sums[name]:
+                return f"{name} does not have its checksum"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def newest_checkpoint(run):
+    """The newest checkpoint of a run that is complete, or None if no epoch was finished; newer ones are set aside."""
+    for left in (run.folder / "checkpoints").glob("*.tmp"):  # by a process that was killed, maybe when it was complete
+        if damage(left):
+            shutil.rmtree(left)
+        else:
+            shutil.rmtree(left.with_suffix(""), ignore_errors=True)
+            left.rename(left.with_suffix(""))
+    damaged = {}
+    for checkpoint in reversed(checkpoints(run.folder)):
+        if reason := damage(checkpoint):
+            damaged[checkpoint] = reason
+            continue
+        for bad, reason in damaged.items():
+            aside = bad.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            bad.rename(aside)
+            run.print(f"{bad} is damaged ({reason}), now {aside.name}; {checkpoint.name} is used")
+        return checkpoint
+    table = run.folder / "metrics.csv"
+    if damaged or (table.is_file() and table.read_bytes().count(b"\n") > 2):  # more than epoch 0
+        found = "; ".join(f"{bad.name}: {reason}" for bad, reason in damaged.items()) or "there is none"
+        refuse("resume", str(run.folder), f"has no checkpoint that is whole ({found})")
+
+
+class Checkpoint:
+    """All that decides how a run goes on, in a folder checkpoints/epoch_NNNN of the run folder.
+
+    *.safetensors hold tensors by parameter name, parameters/NAME, <snapshot>/NAME and optimizer/NAME/KEY, in the form
+    of torch.distributed.checkpoint: one file, or with --shard one of each process, readable by any number of them.
+    state.json has the numbers, the rows of metrics.csv among them; SHA256SUMS is theirs. What is random comes from the
+    seed and the epoch, so an epoch is repeated exactly.
+    """
+
+    def __init__(self, run, policy, optimizer, **snapshots):
+        """policy: {name: parameter}, in the optimizer's order; snapshots: Snapshots of the same parameters, or None."""
+        self.run, self.policy, self.optimizer = run, policy, optimizer
+        self.snapshots = {name: snapshot for name, snapshot in snapshots.items() if snapshot}
+
+    def _tensors(self):
+        """{set/NAME: tensor} of the parameters and of their snapshots."""
+        sets = {"parameters": [p.detach() for p in self.policy.values()]}
+        sets |= {name: snapshot.values for name, snapshot in self.snapshots.items()}
+        return {f"{of}/{name}": t for of, tensors in sets.items() for name, t in zip(self.policy, tensors, strict=True)}
+
+    def save(self, epoch, updates):
+        """At the end of an epoch: write what is due, and end the run if it was asked to or cannot learn any more."""
+        run = self.run
+        last = epoch >= run.args.train.max_epochs
+        broken = run.skipped_in_a_row >= MOST_SKIPPED
+        interrupted = max(gather(run.interrupted or 0))  # in any process
+        check_finite(self.policy, epoch)
+        if len(set(gather(checksum(self.policy.values())))) > 1:
+            raise RunError("the processes have come to different parameters; is the hardware sound?")
+        if last or broken or interrupted or epoch % run.args.checkpoint_freq == 0:
+            self._write(epoch, updates)
+        run.in_loop = not last
+        if broken:
+            skipped = f"{run.skipped_in_a_row} updates in a row were skipped"
+            raise RunError(f"{skipped}, the last because {run.culprit} is not finite")
+        if interrupted and not last:
+            name = signal.Signals(interrupted).name
+            run.print(f"{name}: epoch {epoch} is finished and saved; continue with: {run.command}")
+            raise SystemExit(128 + interrupted)
+
+    def _write(self, epoch, updates):
+        run, sharded = self.run, self.run.args.shard
+        tensors = self._tensors()
+        for name, p in self.policy.items():
+            tensors |= {f"optimizer/{name}/{key}": t for key, t in self.optimizer.state.get(p, {}).items()}
+        state = {
+            **{"epoch": epoch, "updates": updates, "seconds": time.time() - run.started, "rows": run.rows},
+            "skipped_in_a_row": run.skipped_in_a_row if run.skipped_in_a_row < MOST_SKIPPED else 0,
+            "args": repeatable(run.args),
+        }
+        if rank() and not sharded:
+            return
+        folder = run.folder / "checkpoints" / f"epoch_{epoch:04d}"
+        with nullcontext(temporary(folder)) if rank() else atomic_folder(folder, replace=True) as new:
+            if sharded:
+                gather("the folder is there")
+            with _its_own_error():
+                writer = HuggingFaceStorageWriter(str(new), save_distributed=True)
+                dcp.save(tensors, storage_writer=writer, no_dist=not sharded)
+            if rank():
+                return
+            (new / "state.json").write_text(json.dumps(state))
+            sums = "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(new.iterdir()))
+            (new / "SHA256SUMS").write_text(sums)
+        for old in checkpoints(run.folder)[: -run.args.keep_checkpoints]:
+            shutil.rmtree(old.rename(old.with_suffix(".tmp")))
+
+    def load(self, evaluate):
+        """Take up a resumed run where its newest checkpoint is. Returns (the epoch to begin with, updates done).
+
+        evaluate(epoch) -> its columns of metrics.csv: for a run that is to end at the epoch where it was stopped.
+        """
+        run = self.run
+        run.in_loop = True
+        if run.checkpoint is None:
+            if run.args.resume:
+                run.print("no epoch was finished; beginning again")
+            return 0, 0
+        self._read()
+        state = json.loads((run.checkpoint / "state.json").read_text())
+        run.rows, run.skipped_in_a_row = state["rows"], state["skipped_in_a_row"]
+        run.started = time.time() - state["seconds"]
+        if rank() == 0:
+            run.write_metrics()
+        epochs = run.args.train.max_epochs
+        done = f"; all {epochs} are, and a larger --train.max-epochs adds more" if state["epoch"] >= epochs else ""
+        run.print(f"resumed: epochs up to {state['epoch']} are done{done}")
+        if state["epoch"] == epochs and "eval/total" not in run.rows[-1]:
+            row = run.rows.pop()
+            run.skipped, _ = row.pop("train/skipped"), row.pop("seconds")
+            run.log(row | evaluate(epochs))
+            self.save(epochs, state["updates"])
+        return state["epoch"] + 1, state["updates"]
+
+    def _read(self):
+        """Put what the checkpoint has, this process's shard of it, into parameters, snapshots and optimizer."""
+        reader = HuggingFaceStorageReader(str(self.run.checkpoint))
+        saved = reader.read_metadata().state_dict_metadata
+        own = self._tensors()
+        for key, tensor in own.items():
+            if key not in saved or saved[key].size != tensor.shape:
+                name, model = key.partition("/")[2], self.run.args.model
+                raise RunError(f"{name} is not as in {self.run.checkpoint}; is {model} the model that it was?")
+        states = [{} for _ in self.policy]  # of the optimizer, by the number of the parameter
+        for state, (name, p) in zip(states, self.policy.items(), strict=True):
+            for key in saved:
+                if key.startswith(f"optimizer/{name}/"):
+                    kind = key.rpartition("/")[2]
+                    own[key] = state[kind] = torch.zeros(()) if kind == "step" else torch.zeros_like(p.detach())
+        with torch.no_grad(), _its_own_error():
+            dcp.load(own, storage_reader=reader, no_dist=True)
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": dict(enumerate(states))})
+
+
+@contextmanager
+def _its_own_error():
+    """Raise what went wrong in a process as it was there."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error

@@ -1,0 +1,100 @@
+"""What a run says: its plan, a line for each epoch, and what came of it."""
+
+import os
+import signal
+import sys
+from contextlib import contextmanager
+
+import diffusers
+import transformers
+from tqdm import tqdm
+
+from harness.parallel import rank, world_size
+
+TELLING = ("reward/total", "zero_std", "group_spread", "kl", "clip_fraction", "v_old_distance", "v_ref_distance")
+"""Of the metrics of an epoch, those on its line."""
+
+
+@contextmanager
+def listened_to(last_words=None):
+    """Around what prints: where nobody reads it any more, as after `| head`, the script ends, with its last words."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # not at the interpreter's end
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left
+        raise SystemExit(last_words or 128 + getattr(signal, "SIGPIPE", 13)) from None
+
+
+@contextmanager
+def quiet():
+    """No chatter of the libraries about bars, optional packages and components on their way in."""
+    libraries = (diffusers.logging, transformers.logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+            library.enable_progress_bar()
+
+
+def progress(items, what):
+    """A progress bar, on a terminal only."""
+    return tqdm(items, desc=what, leave=False, disable=True if rank() else None)
+
+
+def plan(args, policy, trained_steps, networks, most_steps=None):
+    """What will happen, before it does.
+
+    networks: passes for an image and trained step, of the policy and of its copies. most_steps: sampling steps of an
+    image, at most; None is exactly train.num_inference_steps.
+    """
+    train = args.train
+    images = train.unique_sample_num_per_epoch * train.group_size
+    calls = images // train.per_device_batch_size
+    by = f" by {world_size()} processes" if world_size() > 1 else ""
+    updates = train.gradient_step_per_epoch * train.num_inner_epochs
+    forwards = images * (most_steps or train.num_inference_steps)
+    replays = images * trained_steps * train.num_inner_epochs * networks
+    return (
+        f"training {sum(p.numel() for p in policy.values()):,} parameters ({args.finetune_type}) of {args.model}\n"
+        f"an epoch: {_count(train.unique_sample_num_per_epoch, 'prompt')} x {train.group_size} = {images} images in "
+        f"{_count(calls, 'call')} of {train.per_device_batch_size}{by}; {_count(updates, 'update')} over "
+        f"{_count(trained_steps, 'step')}{' each' if updates > 1 else ''};\n"
+        f"          {'at most ' if most_steps else ''}{forwards:,} network evaluations to sample, {replays:,} to train"
+        f"{' (true classifier-free guidance doubles both)' if train.guidance_scale > 1 else ''}"
+    )
+
+
+def _count(number, what):
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def epoch_line(row):
+    """One line with the most telling columns of a row of metrics.csv."""
+    shown = {key: row[f"train/{key}"] for key in TELLING if f"train/{key}" in row}
+    shown |= {k: value for k, value in row.items() if k.startswith("eval/") and not k.startswith("eval/image/")}
+    values = "  ".join(f"{key} {value:.3g}" for key, value in shown.items())
+    return f"epoch {row['epoch']:4d}  images {row['images']:7d}  {row['seconds']:6.0f} s  {values}"
+
+
+def outcome(folder, rows, denoisers, finetune_type):
+    """The last lines of a run: what was gained, where it is, and the Python that loads its weights."""
+    totals = [row["eval/total"] for row in rows if "eval/total" in row]
+    load = [
+        f'pipe.{name} = pipe.{name}.from_pretrained("{folder}/{name}")'
+        if finetune_type == "full"
+        else f'pipe.load_lora_weights("{folder}/lora")'
+        for name in denoisers
+    ]
+    gained = f"eval/total {totals[0]:.3f} -> {totals[-1]:.3f} in {rows[-1]['images']} images"
+    return (
+        f"done: {gained}; in {folder} are metrics.csv, curve.png (with matplotlib), images/ and the weights:\n"
+        f"      {'; '.join(dict.fromkeys(load))}"
+    )

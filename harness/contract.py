@@ -1,0 +1,61 @@
+"""What must hold before the first update of any algorithm here: terms for Run.contract, {what: (value, it holds)}."""
+
+import torch
+
+from common import Snapshot, autocast, copy_nested, generators, gradient_norm, rollout
+
+
+def kl_gradient(policy, penalty):
+    """The KL penalty has a gradient. At the base model that is 0 as the penalty is, so look from a little beside it."""
+    beside = Snapshot(policy.values())
+    beside.values = [value + 1e-3 * torch.randn_like(value) for value in beside.values]
+    with beside.loaded():
+        penalty().backward()
+    norm = gradient_norm(policy.values()).item()
+    for p in policy.values():
+        p.grad = None
+    return {"KL gradient beside the base model": (norm, norm > 0)}
+
+
+def sampling(pipe, rollouts, group_size, same_init_noise=False):
+    """No two images of a group have the same noise, and without noise a rollout is what the plain pipeline makes."""
+    same = count_repeated_noise(rollouts, group_size, same_init_noise)
+    difference = ode_difference(pipe, rollouts[0].call)
+    return {
+        "images with the noise of another": (same, same == 0),
+        "ODE against the plain pipeline": (difference, difference == 0),
+    }
+
+
+def count_repeated_noise(rollouts, group_size, same_init_noise):
+    """How many images have the noise of another image of their group, at the start or in any step.
+
+    With same_init_noise the start is shared on purpose and not looked at.
+    """
+    drawn = {} if same_init_noise else {-1: [tape.noise.flatten(1)[:, :64] for tape in rollouts]}
+    for k in rollouts[0].steps:
+        drawn[k] = []
+        for taken in (tape.steps[k] for tape in rollouts):
+            x_next, mean = (t.flatten(1)[:, :64].float() for t in (taken.x_next, taken.mean))
+            drawn[k].append((x_next - mean) / taken.std.to(mean).reshape(-1, 1))
+    repeated = 0
+    for noise in drawn.values():
+        noise = torch.cat(noise).float()
+        groups = noise.reshape(-1, group_size, noise.shape[1])
+        apart = (groups[:, :, None] - groups[:, None]).abs().amax(dim=3)  # noise of two images differs by about 3
+        apart.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+        repeated += int((apart.amin(dim=2) < 0.05).sum())
+    return repeated
+
+
+@torch.no_grad()
+def ode_difference(pipe, call, count=2):
+    """The largest difference between the images of a rollout without noise and of the plain pipeline."""
+
+    def first_images():
+        few = {key: value[:count] if isinstance(value, list) else value for key, value in call.items()}
+        return copy_nested({**few, "generator": generators(*((0, i) for i in range(len(few["prompt"]))))})
+
+    with autocast(pipe):
+        plain = pipe(**first_images())[0]
+    return (rollout(pipe, first_images(), "ODE", 0.0, ()).images - plain).abs().max().item()

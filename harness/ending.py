@@ -1,0 +1,84 @@
+"""How a script begins and how it ends early: with a line, with a status, and with what continues the run."""
+
+import errno
+import os
+import signal
+import textwrap
+import traceback
+from contextlib import suppress
+
+import torch
+
+from harness.fields import refuse, set_by
+from harness.machine import out_of_memory
+from harness.parallel import processes, rank
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+class Current:
+    """The run of this process, if one has begun, for what has to end it from outside the loop."""
+
+    run = None
+
+
+class RunError(SystemExit):
+    """Ends a run that has begun with one line."""
+
+    def __init__(self, message):
+        then = f"; continue with: {Current.run.command}" if Current.run else ""
+        super().__init__(f"error: {message}{then}")
+
+
+def start(main):
+    """Run a script; what ends it early ends it with a line that says how to go on.
+
+    On Ctrl-C or SIGTERM the epoch in hand is finished, its row logged and a checkpoint saved, so that nothing is lost;
+    the exit status is 130 or 143. A second signal ends the process at once; that loses the epoch in hand, which is
+    repeated exactly on --resume. A mistake in a script or in a pipeline ends in its traceback.
+    """
+    for number in SIGNALS:
+        signal.signal(number, _interrupt)
+    with processes():
+        try:
+            main()
+        except Exception as error:
+            run = Current.run
+            if run is None:
+                raise
+            if isinstance(error, torch.OutOfMemoryError):
+                raise RunError(out_of_memory(error, run.args)) from error
+            if getattr(error, "errno", None) in NO_ROOM:
+                raise RunError(f"cannot write in {run.folder}, where older checkpoints are whole: {error}") from error
+            if getattr(error, "in_pipeline_call", False) and len(run.rows) < 2:  # that of epoch 0: nothing was trained
+                _refuse_call(error, run)
+            raise
+
+
+def _refuse_call(error, run):
+    """Refuse what a pipeline was called with, if it was given more than the model's own or says it cannot do it."""
+    given = run.args.call and not set_by.get("call", "").endswith("defaults.yaml")
+    if not (given or isinstance(error, (ValueError, NameError))):
+        return
+    path = run.folder / "log.txt"
+    with suppress(OSError), open(path, "a") as log:
+        traceback.print_exception(error, file=log)
+    said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+    package = f" (pip install {error.name} may do)" if isinstance(error, NameError) else ""
+    what = textwrap.shorten(f"{type(error).__name__}: {said}", 500)
+    refuse("call", run.args.call, f"the pipeline fails on what it is given: {what}{package} (in full: {path})")
+
+
+def _interrupt(number, frame):
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_DFL)
+    run, name = Current.run, signal.Signals(number).name
+    going_on = run is not None and run.in_loop
+    line = "finishing and saving the epoch in hand; once more ends at once" if going_on else "ended before training"
+    then = f"; continue with: {run.command}" if run else ""
+    if rank() == 0:
+        os.write(2, f"{name}: {line}{then}\n".encode())  # not print, which this may have interrupted
+    if not going_on:
+        raise SystemExit(128 + number)
+    run.interrupted = number
