@@ -204,13 +204,19 @@ def rollout(
     ahead = None
     if sde_steps and sibling is not None and min(sibling.steps) == min(sde_steps) and _alike(sibling.call, call):
         ahead = _Player(sibling, min(sde_steps), sibling.steps[min(sde_steps)].x)
-    recorder = _Recorder(tape, pipe.scheduler, sde_steps, generator, with_momentum, ahead)
+    recorder = _Recorder(tape, pipe, sde_steps, generator, with_momentum, ahead)
     with torch.no_grad(), autocast(pipe), _taped(pipe, recorder), _remembering(pipe, texts), in_pipeline_call():
         tape.images = pipe(**copy_nested(call))[0]
+    if missing := set(sde_steps) - set(tape.steps):
+        raise CannotReplay(f"step {max(missing)} is beyond the last: this call takes {recorder.k} steps, from 0")
     for k, taken in tape.steps.items():
         if k - 1 in tape.steps and torch.equal(taken.x, tape.steps[k - 1].x_next):
             taken.x = tape.steps[k - 1].x_next  # one copy serves two steps
     return tape
+
+
+class CannotReplay(NotImplementedError):
+    """What a pipeline does between its steps, or was asked for, makes a replay inexact; the message says what."""
 
 
 @contextmanager
@@ -266,9 +272,12 @@ def replay(pipe, rollout, k, x=None):
 class _Recorder:
     """Lets everything happen and writes it down."""
 
-    def __init__(self, tape, scheduler, sde_steps, generator, keep_outputs, ahead):
-        self.tape, self.scheduler, self.sde_steps, self.generator = tape, scheduler, set(sde_steps), generator
+    def __init__(self, tape, pipe, sde_steps, generator, keep_outputs, ahead):
+        self.tape, self.pipe, self.sde_steps, self.generator = tape, pipe, set(sde_steps), generator
         self.k = 0  # the step under way
+        self.begin = 0  # of a schedule that the pipeline enters in the middle, as image-to-image does
+        self.second = None  # the second noise level of the schedule
+        self.drawn = None  # the state of the call's generator after the last recorded method
         self.ahead = ahead  # a _Player that knows the steps before the first stochastic one
         self.skipping = ahead is not None  # those steps, up to the denoiser's call of the first stochastic one
         self.inside = False  # a recorded method may call another
@@ -284,7 +293,25 @@ class _Recorder:
         finally:
             self.inside = False
         self.tape.answers[name].append(tree_map_only(torch.Tensor, _once, answer))
+        self.drawn = self.generator_state()
         return copy_nested(answer)
+
+    def generator_state(self):
+        generator = self.tape.call["generator"]
+        first = generator[0] if isinstance(generator, list) else generator
+        return first and first.get_state()
+
+    def begin_schedule(self):
+        """At the denoiser's first call: where the schedule begins, and whether a replay finds all that was drawn."""
+        tape, levels = self.tape, _noise_levels(self.pipe.scheduler)
+        self.begin, self.second = self.pipe.scheduler.begin_index or 0, levels[1].item()
+        tape.sigmas = levels[self.begin :]
+        tape.schedule = (levels if tape.schedule is None else tape.schedule)[self.begin :]
+        name, state = type(self.pipe).__name__, self.generator_state()
+        if self.begin and tape.tail_steps:
+            raise CannotReplay(f"{name} begins in the middle of its schedule, where there is no tail of fewer steps")
+        if "prepare_latents" in tape.answers and state is not None and not torch.equal(state, self.drawn):
+            raise CannotReplay(f"{name} draws from the call's generator where a replay would draw something else")
 
     def set_timesteps(self, scheduler, work):
         work()
@@ -297,14 +324,17 @@ class _Recorder:
 
     def denoiser(self, forward, *args, **kwargs):
         if self.tape.sigmas is None:  # before the device has work that it would have to end
-            self.tape.sigmas = _noise_levels(self.scheduler)
+            self.begin_schedule()
         self.skipping = self.skipping and self.k < self.ahead.target
         if self.skipping:
             self.tape.outputs[self.k] = self.ahead.tape.outputs[self.k]
             return self.ahead.denoiser(forward)
         caches = [key for key, value in kwargs.items() if key.endswith("cache") and value is not None]
         if caches:  # filled in one step and read in the next: a replay of one step has it empty
-            raise NotImplementedError(f"cannot replay a step that needs {caches[0]}; try use_{caches[0]}=False in call")
+            without = f"use_{caches[0]}"
+            takes = without in inspect.signature(type(self.pipe).__call__).parameters
+            remedy = f"; --call {without}=False would do" if takes else ""
+            raise CannotReplay(f"{type(self.pipe).__name__} hands {caches[0]} from step to step{remedy}")
         output = forward(*args, **kwargs)
         kept = copy_nested(output) if self.keep_outputs else tree_map_only(torch.Tensor, lambda t: t.to("meta"), output)
         self.tape.outputs[self.k].append(kept)
@@ -320,10 +350,10 @@ class _Recorder:
             return self.ahead.step(scheduler, output, timestep, sample)
         if k in self.sde_steps:
             x, velocity = sample.detach().clone(), -output if inverted else output
-            sigma, sigma_next, second = tape.sigmas[[k, k + 1, 1]].tolist()
+            sigma, sigma_next = tape.sigmas[k : k + 2].tolist()
             rule = functools.partial(
                 dynamics.step, tape.dynamics_type, sigma=sigma, sigma_next=sigma_next, noise_level=tape.noise_level,
-                sigma_second=second,
+                sigma_second=self.second,
             )  # fmt: skip
             taken = rule(v=velocity, x=x, generator=self.generator)
             if taken.x_next.dtype != output.dtype:  # pass on the dtype that diffusers passes on, and score that
@@ -335,7 +365,7 @@ class _Recorder:
             x_next, self.x0 = dynamics.dpm_step(velocity, sample, *sigmas[k : k + 2], sigmas[k - 1], self.x0)
             tape.x0 = x_next.to(output.dtype)
         else:
-            scheduler._step_index = k  # by index: a timestep may occur twice
+            scheduler._step_index = self.begin + k  # by index: a timestep may occur twice
             tape.x0 = FlowMatchEulerDiscreteScheduler.step(scheduler, output, timestep, sample, return_dict=False)[0]
         self.k += 1
         return tape.x0.clone()
@@ -387,7 +417,7 @@ class _Player:
             return self.handed(self.tape.x0)
         untouched = sample is self.latents and sample._version == 0
         if not (untouched or self.same(sample)):
-            raise NotImplementedError("this pipeline changes its latents between two steps; cannot replay there")
+            raise CannotReplay("the pipeline writes into its latents between two steps, as where a part is given")
         self.velocity = -output if scheduler.config.invert_sigmas else output
         raise _Arrived
 
@@ -409,6 +439,8 @@ def _stepping(cls):
     """A subclass of a scheduler's class whose `step()` is handed to a listener, on a schedule with the tape's tail."""
 
     def step(self, model_output, timestep, sample, *args, return_dict=True, **kwargs):
+        if kwargs.get("per_token_timesteps") is not None:
+            raise CannotReplay("the pipeline steps each token at a noise level of its own")
         x_next = self.listener.step(self, model_output, timestep, sample)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x_next) if return_dict else (x_next,)
 
@@ -467,10 +499,21 @@ def _taped(pipe, listener):
             if name.startswith(("encode_", "prepare_", "generate_")) and callable(getattr(pipe, name)):
                 setattr(pipe, name, functools.partial(listener.method, name, getattr(pipe, name)))
                 stack.callback(delattr, pipe, name)
+        if hasattr(getattr(pipe, "vae", None), "encode"):
+            pipe.vae.encode = functools.partial(_encode, pipe.vae.encode, listener)
+            stack.callback(delattr, pipe.vae, "encode")
         stack.enter_context(_routed(pipe.scheduler, _stepping, listener))
         for denoiser in denoisers(pipe).values():
             stack.enter_context(_routed(denoiser, _listening, listener.denoiser))
         yield
+
+
+def _encode(encode, listener, *args, **kwargs):
+    """The VAE's encoding of a given image, and what a pipeline then draws from it, from the tape or onto it."""
+    answer = listener.method("vae.encode", encode, *args, **kwargs)
+    if (latents := getattr(answer, "latent_dist", None)) is not None:
+        latents.sample = functools.partial(listener.method, "sample", functools.partial(type(latents).sample, latents))
+    return answer
 
 
 @contextmanager
@@ -614,14 +657,23 @@ class Call:
     """A torch.Generator for each image, of the noise of its stochastic steps."""
 
 
-def epoch_calls(args, prompts, epoch, same_init_noise=False):
+def call_arguments(pipe, section, extra):
+    """Keyword arguments of the pipeline: those of a section of the settings, if it takes them, and the extra ones."""
+    height, width = height_width(section.resolution)
+    named = dict(height=height, width=width, num_inference_steps=section.num_inference_steps)
+    takes = inspect.signature(type(pipe).__call__).parameters
+    named = {**named, "guidance_scale": section.guidance_scale}
+    return {name: value for name, value in named.items() if name in takes} | extra
+
+
+def epoch_calls(pipe, args, prompts, epoch, same_init_noise=False):
     """The calls that make this process's share of an epoch's images, in the order of (prompt, member).
 
     same_init_noise: start all images of a group from one noise, instead of each from its own.
     """
     train = args.train
     seed_global_generators(train.seed, epoch)
-    height, width = height_width(train.resolution)
+    settings = call_arguments(pipe, train, args.call)
     chosen = epoch_prompts(prompts, train.unique_sample_num_per_epoch, train.seed, epoch)
     members = local_shard([(group, member) for group in range(len(chosen)) for member in range(train.group_size)])
     calls = []
@@ -630,15 +682,7 @@ def epoch_calls(args, prompts, epoch, same_init_noise=False):
         # the last number tells the noise at the start, 0, from that of the steps, 1
         start_seeds = [(train.seed, epoch, g, 0 if same_init_noise else m, 0) for g, m in batch]
         step_seeds = [(train.seed, epoch, g, m, 1) for g, m in batch]
-        kwargs = dict(
-            prompt=[chosen[g] for g, _ in batch],
-            height=height,
-            width=width,
-            num_inference_steps=train.num_inference_steps,
-            guidance_scale=train.guidance_scale,
-            generator=generators(*start_seeds),
-            **args.call,
-        )
+        kwargs = dict(prompt=[chosen[g] for g, _ in batch], generator=generators(*start_seeds), **settings)
         calls.append(Call(batch, kwargs, generators(*step_seeds)))
     return calls
 

@@ -214,7 +214,7 @@ def main():
 
         # Sampling: the images of the epoch in order of (prompt, member), in calls of one batch
         steps = drawn_steps(train, epoch)
-        calls = common.epoch_calls(args, prompts, epoch, train.same_init_noise)
+        calls = common.epoch_calls(pipe, args, prompts, epoch, train.same_init_noise)
         rollouts, scoring = [], evaluation.Scoring(reward, train.group_size)
         calls = console.progress(calls, "sampling and rewards")
         for tape in sample(pipe, calls, train.dynamics_type, train.noise_level, steps, train.tail_steps):

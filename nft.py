@@ -208,7 +208,7 @@ def main():
 
         # Sampling by the old policy: the images of the epoch in order of (prompt, member), in calls of one batch
         steps = drawn_steps(train, epoch)
-        calls = common.epoch_calls(args, prompts, epoch)
+        calls = common.epoch_calls(pipe, args, prompts, epoch)
         rollouts, scoring = [], evaluation.Scoring(reward, train.group_size)
         bar = console.progress(calls, "sampling and rewards")
         with old.loaded():

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import torch
 
+from common import CannotReplay
 from harness.fields import refuse, set_by
 from harness.machine import out_of_memory
 from harness.parallel import processes, rank
@@ -51,6 +52,8 @@ def start(main):
                 raise RunError(out_of_memory(error, run.args)) from error
             if getattr(error, "errno", None) in NO_ROOM:
                 raise RunError(f"cannot write in {run.folder}, where older checkpoints are whole: {error}") from error
+            if isinstance(error, CannotReplay):
+                refuse("model", run.args.model, error)
             if getattr(error, "in_pipeline_call", False) and len(run.rows) < 2:  # that of epoch 0: nothing was trained
                 _refuse_call(error, run)
             raise

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from common import autocast, copy_nested, generators, height_width, in_pipeline_call, rollout
+from common import autocast, call_arguments, copy_nested, generators, in_pipeline_call, rollout
 from harness.console import progress
 from harness.parallel import gather, gather_rows, local_shard, recording
 from harness.pictures import evenly
@@ -121,7 +121,7 @@ def evaluate(pipe, args, prompts, reward):
     each = args.eval.images_per_prompt
     prompts = [prompt for prompt in prompts for _ in range(each)]
     noise = generators(*((args.eval.seed, i) for i in range(len(prompts))))
-    height, width = height_width(args.eval.resolution)
+    settings = call_arguments(pipe, args.eval, args.call)
     scoring, shown = Scoring(reward, each, image_statistics), dict.fromkeys(evenly(len(prompts), SHOWN))
     length = args.eval.per_device_batch_size
     runs = range(0, len(prompts), math.lcm(length, each))  # of whole calls and of all images of a prompt
@@ -129,15 +129,7 @@ def evaluate(pipe, args, prompts, reward):
     idle = max(gather(len(starts))) - len(starts) if args.shard else 0  # a sharded network works in all processes
     for number, start in enumerate(progress([*starts, *[0] * idle], "evaluation")):
         batch = slice(start, start + length)
-        call = dict(
-            prompt=prompts[batch],
-            generator=noise[batch],
-            height=height,
-            width=width,
-            num_inference_steps=args.eval.num_inference_steps,
-            guidance_scale=args.eval.guidance_scale,
-            **args.call,
-        )
+        call = dict(prompt=prompts[batch], generator=noise[batch], **settings)
         if args.eval.solver == "Euler":
             with autocast(pipe), in_pipeline_call():
                 images = pipe(**copy_nested(call), output_type="pt", return_dict=False)[0].float()
