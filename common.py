@@ -24,12 +24,13 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import dynamics
 from harness.console import quiet
-from harness.fields import read_text, refuse
+from harness.fields import refuse
 from harness.flow_models import use_flow_matching
+from harness.listening import listening, remembering, routed
 from harness.parallel import average_gradients, gather, gather_rows, local_shard, rank
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ def rollout(
     if sde_steps and sibling is not None and min(sibling.steps) == min(sde_steps) and _alike(sibling.call, call):
         ahead = _Player(sibling, min(sde_steps), sibling.steps[min(sde_steps)].x)
     recorder = _Recorder(tape, pipe, sde_steps, generator, with_momentum, ahead)
-    with torch.no_grad(), autocast(pipe), _taped(pipe, recorder), _remembering(pipe, texts), in_pipeline_call():
+    with torch.no_grad(), autocast(pipe), _taped(pipe, recorder), remembering(pipe, texts), in_pipeline_call():
         tape.images = pipe(**copy_nested(call))[0]
     if missing := set(sde_steps) - set(tape.steps):
         raise CannotReplay(f"step {max(missing)} is beyond the last: this call takes {recorder.k} steps, from 0")
@@ -502,9 +503,9 @@ def _taped(pipe, listener):
         if hasattr(getattr(pipe, "vae", None), "encode"):
             pipe.vae.encode = functools.partial(_encode, pipe.vae.encode, listener)
             stack.callback(delattr, pipe.vae, "encode")
-        stack.enter_context(_routed(pipe.scheduler, _stepping, listener))
+        stack.enter_context(routed(pipe.scheduler, _stepping, listener))
         for denoiser in denoisers(pipe).values():
-            stack.enter_context(_routed(denoiser, _listening, listener.denoiser))
+            stack.enter_context(routed(denoiser, listening, listener.denoiser))
         yield
 
 
@@ -514,58 +515,6 @@ def _encode(encode, listener, *args, **kwargs):
     if (latents := getattr(answer, "latent_dist", None)) is not None:
         latents.sample = functools.partial(listener.method, "sample", functools.partial(type(latents).sample, latents))
     return answer
-
-
-@contextmanager
-def _remembering(pipe, texts):
-    """Let a text encoder work on each row of tokens once; when a row comes again, the answer is in `texts`."""
-    with ExitStack() as stack:
-        for name, module in pipe.components.items() if texts is not None else ():
-            if name.startswith("text_encoder") and isinstance(module, torch.nn.Module):
-                known, texts[name] = texts.get(name, {}), {}  # only what a call needs is kept for the next
-                stack.enter_context(_routed(module, _listening, functools.partial(_recall, known, texts[name])))
-        yield
-
-
-def _recall(known, used, encode, *args, **kwargs):
-    leaves = tree_leaves((args, kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if not tensors or len({t.shape[:1] for t in tensors} | {()}) != 2:  # not rows of tokens
-        return encode(*args, **kwargs)
-    how = repr([leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)])
-    keys = [(how, repr(row)) for row in zip(*(t.tolist() for t in tensors), strict=True)]
-    used |= {key: known[key] for key in keys if key in known}
-    new = {key: row for row, key in enumerate(keys) if key not in used}
-    if new:
-        rows = list(new.values())
-        args, kwargs = tree_map_only(torch.Tensor, lambda t: t[rows], (args, kwargs))
-        output = encode(*args, **kwargs)
-        for i, key in enumerate(new):
-            used[key] = tree_map(lambda t: t[i : i + 1] if isinstance(t, torch.Tensor) else None, output)  # noqa: B023
-    answers = [used[key] for key in keys]
-    return tree_map(lambda *rows: None if rows[0] is None else torch.cat(rows), *answers)
-
-
-@contextmanager
-def _routed(component, kind, listener):
-    """The component as one whose calls or steps go to a listener, for a while."""
-    own = type(component)
-    component.__class__, component.listener = kind(own), listener
-    try:
-        yield
-    finally:
-        component.__class__ = own
-        del component.listener
-
-
-@functools.cache
-def _listening(cls):
-    """A subclass whose calls go through a listener, outside all hooks: a skipped sharded model gathers nothing."""
-
-    def call(self, *args, **kwargs):
-        return self.listener(functools.partial(cls.__call__, self), *args, **kwargs)
-
-    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
 
 
 def _once(tensor):
@@ -626,14 +575,6 @@ class Snapshot:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts and seeds: all from (seed, epoch, prompt, member), nothing from what was drawn before
-
-
-def read_prompts(path, key="prompts"):
-    """The non-empty lines of a text file."""
-    prompts = [line.strip() for line in read_text(key, path).split("\n") if line.strip()]
-    if not prompts:
-        refuse(key, path, "holds no prompt; it should have one a line")
-    return prompts
 
 
 def epoch_prompts(prompts, count, seed, epoch):

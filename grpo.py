@@ -1,25 +1,17 @@
-"""Flow-GRPO: group-relative policy optimisation of a flow-matching image model.
+"""Flow-GRPO: group-relative policy optimisation of a flow-matching image model (arXiv 2505.05470).
 
 One epoch: a group of images for each of a few prompts, sampled by an SDE that has the marginals of the model's ODE, so
 that every step has a density; rewards; A = (reward − group mean) / group std; then, for each trained step k, the
 clipped policy gradient of PPO on the ratio r = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k), with an optional KL to the
 base model.
 
-    Flow-GRPO   arXiv 2505.05470   the script's defaults and --train.kl-beta 2e-3 (a model's defaults.yaml differs)
-    DanceGRPO   arXiv 2505.07818   --train.dynamics-type Dance-SDE --train.noise-level 0.3 --train.same-init-noise
-    CPS         arXiv 2509.05952   --train.dynamics-type CPS --train.noise-level 0.8
-    MixGRPO     arXiv 2507.21802   --train.train-steps 1 2 3 --train.num-train-steps 1   (SDE in one, ODE elsewhere)
-                window             --train.shift-interval 25         (it moves on by a step every 25 epochs)
-                Flash              --train.tail-steps 5              (fewer steps after the last SDE step)
-    TempFlow    arXiv 2508.04324   --train.loss-weighting noise-aware                    (its weights)
-    PaCo-RL     arXiv 2512.04784   --train.resolution 32 --eval.resolution 64            (low-resolution training)
+By its flags this is also DanceGRPO (arXiv 2505.07818), CPS (2509.05952), MixGRPO, its window and Flash (2507.21802),
+the weights of TempFlow-GRPO (2508.04324) and PaCo-RL's resolutions (2512.04784): README.md has a line for each.
 
 Where papers and released codes differ, this file does the following. A log-probability is, as in all released codes,
 the mean over the latent dimensions and not the sum: that is what makes clip ranges as small as 1e-4 sensible. The
 standard deviation of the advantage is the group's (the paper's equation 4); its code takes that of all rewards, as
-does the option train.global-std. The KL penalty is a squared distance of velocities or of means (as in Flow-Factory);
-the exact KL of the two Gaussians, per dimension, is logged beside it. The last step is sampled by the ODE and not
-trained, unless train_steps names it.
+does the option train.global-std. The last step is sampled by the ODE and not trained, unless train_steps names it.
 
     python grpo.py                                         the embedded model, on the machine in front of you
     python grpo.py --model stabilityai/stable-diffusion-3.5-medium --prompts prompts.txt --reward mine.py:f=1
@@ -29,26 +21,27 @@ trained, unless train_steps names it.
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Literal, Optional
+from typing import Annotated, Literal, Optional
 
 import numpy as np
 import torch
+from pydantic import Field
 
 import common
 import dynamics
 from common import Snapshot, gdpo_advantages, group_advantages, replay, sample
-from harness import arguments, console, contract, ending, evaluation, machine, settings
+from harness import arguments, console, contract, data, ending, evaluation, machine, settings
 from harness.checkpoint import Checkpoint
 from harness.checks import check_args
-from harness.fields import Count, NotNegative, Positive, refuse
+from harness.fields import NotNegative, Positive, refuse
 from harness.run import Run
 from rewards import make_rewards
 
 
 @dataclass
 class TrainArgs(settings.TrainArgs):
-    """Flow-GRPO's own settings; those of every algorithm, the prompts and groups of an epoch, the optimizer and the
-    average, are in harness/settings.py. The defaults are the paper's for SD3.5-medium.
+    """What this algorithm adds to the settings of all (harness/settings.py: the prompts and groups of an epoch, the
+    optimizer, the average). The defaults are the paper's for SD3.5-medium.
     """
 
     trainer_type: Literal["grpo"] = "grpo"
@@ -63,12 +56,14 @@ class TrainArgs(settings.TrainArgs):
     noise_level: Positive = 0.7
     """a of Flow-SDE (0.7), eta of Dance-SDE (0.3), a of CPS (0.8)."""
     train_steps: Optional[list[int]] = None
-    """Candidates for the steps that are stochastic and trained, from 0 (all noise); None is all but the last."""
+    """Candidates for the trained steps, from 0 (all noise); None is all but the last."""
     num_train_steps: Optional[int] = None
-    """How many of the candidates are drawn in each epoch; the other steps are ODE. None is all of them."""
-    shift_interval: Optional[Count] = None
+    """How many of the candidates are drawn in each epoch. None is all of them."""
+    sde_steps: Literal["trained", "all"] = "trained"
+    """Which steps are stochastic: the trained ones, or all but the last, of which some are trained (DanceGRPO)."""
+    shift_interval: Optional[Annotated[int, Field(ge=0)]] = None
     """Epochs after which MixGRPO's window, num_train_steps neighbouring candidates, moves on by one, up to the last
-    ones. None draws the candidates anew in each epoch."""
+    ones; 0 draws its place anew in each epoch (Flow-GRPO-Fast). None draws the candidates one by one."""
     tail_steps: Optional[int] = None
     """Network calls after the last stochastic step, at most, by DPM-Solver++(2M) on a coarser grid (MixGRPO-Flash).
     None keeps the whole schedule there, with Euler's steps."""
@@ -85,18 +80,17 @@ class TrainArgs(settings.TrainArgs):
     """Of several weighted rewards: sum takes the advantages of their sum, gdpo adds up those of each (group std)."""
     loss_weighting: Literal["uniform", "noise-aware"] = "uniform"
     """Noise-aware weights step k by std_k over the mean std of the candidates (TempFlow-GRPO, eq. 8)."""
-    kl_type: Literal["v-based", "x-based"] = "v-based"
-    """The penalty: mean (v − v_ref)² or mean (mean − mean_ref)². In Flow-SDE the second is (h (1 + a²/2))²
-    times the first (h² in the first step)."""
+    kl_type: Literal["v-based", "x-based", "exact"] = "v-based"
+    """The penalty: mean (v − v_ref)², mean (mean − mean_ref)² or Flow-GRPO's own, the KL of the two Gaussians per
+    dimension, mean (mean − mean_ref)² / 2 std². In Flow-SDE the second is (h (1 + a²/2))² times the first."""
     kl_beta: NotNegative = 2e-3
-    """Weight of the KL penalty; 0 keeps no copy of the base model. Flow-GRPO's own 0.04 weighs mean Δμ² / 2g², which on
-    SD3.5's schedule is 15000 (first step) to 3 times (ninth) smaller than the v-based penalty, so that on average 0.002
-    is as strong here; 0.04, the usual value in YAML files, is 20 times as strong."""
+    """Weight of the KL penalty; 0 keeps no copy of the base model. 0.002 of the v-based penalty is on average as strong
+    as Flow-GRPO's 0.04 of the exact one; 0.04 of it, the usual value in YAML files, is 20 times as strong."""
 
 
 @dataclass
 class Args(settings.RunArgs):
-    """Flow-GRPO. See the top of grpo.py."""
+    """All settings of this script."""
 
     train: TrainArgs = field(default_factory=TrainArgs)
     eval: settings.EvalArgs = field(default_factory=settings.EvalArgs)
@@ -110,28 +104,27 @@ def check(args):
         refuse("train.dynamics_type", "ODE", remedy)
     check_args(args)
     steps, last = common.candidate_steps(train), train.num_inference_steps - 1
-    if train.dynamics_type == "CPS" and train.noise_level > 1:
-        refuse("train.noise_level", train.noise_level, "CPS takes at most 1, which replaces all noise by fresh noise")
     if train.dynamics_type == "CPS" and last in steps:
         refuse("train.train_steps", train.train_steps, f"CPS has no noise in its last step; leave out {last}")
     if train.shift_interval is not None and train.num_train_steps is None:
         remedy = "moves a window of train.num_train_steps steps, which is None; set that too (MixGRPO has 4)"
         refuse("train.shift_interval", train.shift_interval, remedy)
-    most = last - sorted(steps)[(train.num_train_steps or len(steps)) - 1]
+    first = last - 1 if train.sde_steps == "all" else sorted(steps)[(train.num_train_steps or len(steps)) - 1]
+    most = last - first
     if train.tail_steps is not None and not 1 <= train.tail_steps <= most:
         remedy = f"the last stochastic step is {last - most} or later, and after it come at most {most} steps"
         refuse("train.tail_steps", train.tail_steps, f"{remedy}; take 1 to that many, or None")
 
 
 def drawn_steps(train, epoch):
-    """The stochastic, trained steps of an epoch (from 1), decided by (seed, epoch) alone."""
-    candidates = common.candidate_steps(train)
+    """The trained steps of an epoch (from 1), decided by (seed, epoch) alone."""
+    candidates, rng = sorted(common.candidate_steps(train)), np.random.default_rng([train.seed, epoch])
     count = train.num_train_steps or len(candidates)
-    if train.shift_interval:
-        start = min((epoch - 1) // train.shift_interval, len(candidates) - count)
-        return sorted(candidates)[start : start + count]
-    rng = np.random.default_rng([train.seed, epoch])
-    return sorted(rng.choice(candidates, count, replace=False).tolist())
+    if train.shift_interval is None:
+        return sorted(rng.choice(common.candidate_steps(train), count, replace=False).tolist())
+    last = len(candidates) - count
+    start = min((epoch - 1) // train.shift_interval, last) if train.shift_interval else rng.integers(last + 1)
+    return candidates[start : start + count]
 
 
 def most_steps(train):
@@ -142,16 +135,13 @@ def most_steps(train):
 
 def step_weights(train, sigmas):
     """{k: weight} of each candidate step in the loss; they average to 1. sigmas: (T + 1,)."""
-    candidates, level = common.candidate_steps(train), train.noise_level
+    steps = common.candidate_steps(train)
     if train.loss_weighting == "uniform":
-        return dict.fromkeys(candidates, 1.0)
-    x, second = torch.zeros(1, 1), sigmas[1]
-    std = {
-        k: dynamics.step(train.dynamics_type, x, x, sigmas[k], sigmas[k + 1], level, sigma_second=second).std.item()
-        for k in candidates
-    }
-    mean = sum(std.values()) / len(std)
-    return {k: std[k] / mean for k in candidates}
+        return dict.fromkeys(steps, 1.0)
+    x, kind, level = torch.zeros(1, 1), train.dynamics_type, train.noise_level
+    taken = {k: dynamics.step(kind, x, x, *sigmas[k : k + 2], level, sigma_second=sigmas[1]) for k in steps}
+    std = {k: step.std.item() for k, step in taken.items()}
+    return {k: std[k] * len(steps) / sum(std.values()) for k in steps}
 
 
 def grpo_loss(log_prob, old_log_prob, advantages, clip_range, adv_clip_range):
@@ -186,8 +176,10 @@ def kl_loss(kl_type, velocity, step, ref_velocity, ref_step):
     Returns (penalty, metrics). Both policies have the same std, so the exact KL is (mean − mean_ref)² / 2 std².
     """
     squared = (step.mean - ref_step.mean) ** 2
-    penalty = ((velocity.float() - ref_velocity.float()) ** 2).mean() if kl_type == "v-based" else squared.mean()
-    return penalty, {"kl_penalty": penalty.detach(), "kl": (squared.detach() / (2 * step.std**2)).mean()}
+    exact = (squared / (2 * step.std**2)).mean()
+    v_based = ((velocity.float() - ref_velocity.float()) ** 2).mean()
+    penalty = {"v-based": v_based, "x-based": squared.mean(), "exact": exact}[kl_type]
+    return penalty, {"kl_penalty": penalty.detach(), "kl": exact.detach()}
 
 
 def main():
@@ -209,7 +201,7 @@ def main():
         policy.values(), train.learning_rate, train.adam_betas, train.adam_epsilon, train.adam_weight_decay, fused=True
     )
     checkpoint = Checkpoint(run, policy, optimizer, reference=reference, ema=ema)
-    prompts = common.read_prompts(args.prompts)
+    prompts = data.read_prompts(args.prompts)
     run.print(console.plan(args, policy, len(drawn_steps(train, 1)), 1 + bool(reference), most_steps(train)))
 
     def evaluate(epoch):
@@ -225,10 +217,11 @@ def main():
 
         # Sampling: the images of the epoch in order of (prompt, member), in calls of one batch
         steps = drawn_steps(train, epoch)
+        noisy = steps if train.sde_steps == "trained" else list(range(train.num_inference_steps - 1))
         calls = common.epoch_calls(pipe, args, prompts, epoch, train.same_init_noise)
         rollouts, scoring = [], evaluation.Scoring(reward, train.group_size)
         calls = console.progress(calls, "sampling and rewards")
-        for tape in sample(pipe, calls, train.dynamics_type, train.noise_level, steps, train.tail_steps):
+        for tape in sample(pipe, calls, train.dynamics_type, train.noise_level, noisy, train.tail_steps):
             scoring.add(tape.images, tape.call["prompt"])
             rollouts.append(replace(tape, images=None))  # a replay does not need them
         scores, statistics = scoring.finish()

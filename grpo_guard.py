@@ -1,16 +1,21 @@
 """GRPO-Guard: Flow-GRPO with a ratio that is not biased, and steps that weigh alike (arXiv 2510.22319).
 
-The same as grpo.py but for what is marked "new in GRPO-Guard", and without what only other dynamics and TempFlow's
-weights need. A step is x' = μ_old + τ ε. With Δμ = μ − μ_old the log of the true ratio is ε·Δμ/τ − |Δμ|²/2τ²: under
-the old policy its mean is −|Δμ|²/2τ², always negative and different from step to step, so clipping bites on one side
-only. (The true ratio has mean 1 all the same; but grpo.py, like all released codes, takes the mean over D dimensions,
-and the D-th root of a ratio of mean 1 has a mean below 1.)
+One epoch: a group of images for each of a few prompts, sampled by an SDE that has the marginals of the model's ODE, so
+that every step has a density; rewards; A = (reward − group mean) / group std; then, for each trained step k, the
+clipped policy gradient of PPO on the ratio r = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k), with an optional KL to the
+base model.
 
+New here is what is marked so. A step is x' = μ_old + τ ε. With Δμ = μ − μ_old the log of the true ratio is
+ε·Δμ/τ − |Δμ|²/2τ²: its mean, −|Δμ|²/2τ², is negative and different from step to step, so clipping bites on one side.
     RatioNorm     log r = τ (log-prob difference + mean Δμ² / 2τ²) = mean(ε Δμ) has mean 0, a spread without τ in it,
                   and is linear in μ. It is computed as mean(ε Δμ): the difference of log-probs loses it in rounding.
     Reweighting   its gradient still contains |∂μ/∂v| = h (1 + a²/2), so the loss of a step is divided by h.
-
 Only for Flow-SDE: CPS's log-prob has no variance in it, and this formula would be wrong.
+
+Where papers and released codes differ, this file does the following. A log-probability is, as in all released codes,
+the mean over the latent dimensions and not the sum: that is what makes clip ranges as small as 1e-4 sensible. The
+standard deviation of the advantage is the group's (the paper's equation 4); its code takes that of all rewards, as
+does the option train.global-std. The last step is sampled by the ODE and not trained, unless train_steps names it.
 
     python grpo_guard.py
     diff grpo.py grpo_guard.py
@@ -19,26 +24,27 @@ Only for Flow-SDE: CPS's log-prob has no variance in it, and this formula would 
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Literal, Optional
+from typing import Annotated, Literal, Optional
 
 import numpy as np
 import torch
+from pydantic import Field
 
 import common
 import dynamics
 from common import Snapshot, gdpo_advantages, group_advantages, replay, sample
-from harness import arguments, console, contract, ending, evaluation, machine, settings
+from harness import arguments, console, contract, data, ending, evaluation, machine, settings
 from harness.checkpoint import Checkpoint
 from harness.checks import check_args
-from harness.fields import Count, NotNegative, Positive, refuse
+from harness.fields import NotNegative, Positive, refuse
 from harness.run import Run
 from rewards import make_rewards
 
 
 @dataclass
 class TrainArgs(settings.TrainArgs):
-    """GRPO-Guard's own settings; those of every algorithm, the prompts and groups of an epoch, the optimizer and the
-    average, are in harness/settings.py. The defaults are the paper's for SD3.5-medium.
+    """What this algorithm adds to the settings of all (harness/settings.py: the prompts and groups of an epoch, the
+    optimizer, the average). The defaults are the paper's for SD3.5-medium.
     """
 
     trainer_type: Literal["grpo-guard"] = "grpo-guard"
@@ -53,12 +59,14 @@ class TrainArgs(settings.TrainArgs):
     noise_level: Positive = 0.7
     """a of Flow-SDE (0.7), eta of Dance-SDE (0.3), a of CPS (0.8)."""
     train_steps: Optional[list[int]] = None
-    """Candidates for the steps that are stochastic and trained, from 0 (all noise); None is all but the last."""
+    """Candidates for the trained steps, from 0 (all noise); None is all but the last."""
     num_train_steps: Optional[int] = None
-    """How many of the candidates are drawn in each epoch; the other steps are ODE. None is all of them."""
-    shift_interval: Optional[Count] = None
+    """How many of the candidates are drawn in each epoch. None is all of them."""
+    sde_steps: Literal["trained", "all"] = "trained"
+    """Which steps are stochastic: the trained ones, or all but the last, of which some are trained (DanceGRPO)."""
+    shift_interval: Optional[Annotated[int, Field(ge=0)]] = None
     """Epochs after which MixGRPO's window, num_train_steps neighbouring candidates, moves on by one, up to the last
-    ones. None draws the candidates anew in each epoch."""
+    ones; 0 draws its place anew in each epoch (Flow-GRPO-Fast). None draws the candidates one by one."""
     tail_steps: Optional[int] = None
     """Network calls after the last stochastic step, at most, by DPM-Solver++(2M) on a coarser grid (MixGRPO-Flash).
     None keeps the whole schedule there, with Euler's steps."""
@@ -75,19 +83,19 @@ class TrainArgs(settings.TrainArgs):
     """Of several weighted rewards: sum takes the advantages of their sum, gdpo adds up those of each (group std)."""
     reweight: bool = True  # new in GRPO-Guard
     """Divide the loss of a step by its length h."""
-    kl_type: Literal["v-based", "x-based"] = "v-based"
-    """The penalty: mean (v − v_ref)² or mean (mean − mean_ref)². In Flow-SDE the second is (h (1 + a²/2))²
-    times the first (h² in the first step)."""
+    kl_type: Literal["v-based", "x-based", "exact"] = "v-based"
+    """The penalty: mean (v − v_ref)², mean (mean − mean_ref)² or Flow-GRPO's own, the KL of the two Gaussians per
+    dimension, mean (mean − mean_ref)² / 2 std². In Flow-SDE the second is (h (1 + a²/2))² times the first."""
     kl_beta: NotNegative = 0.0  # new in GRPO-Guard
-    """Weight of the KL penalty; 0 keeps no copy of the base model. The loss beside it is divided by h, so that 1 / h
-    times as much weighs as it does in grpo.py."""
+    """Weight of the KL penalty; 0 keeps no copy of the base model. As the loss beside it is divided by h, 1 / h times
+    as much weighs as it does in grpo.py."""
     learning_rate: NotNegative = 1e-4  # new in GRPO-Guard
     """Of AdamW, constant."""
 
 
 @dataclass
 class Args(settings.RunArgs):
-    """GRPO-Guard. See the top of grpo_guard.py."""
+    """All settings of this script."""
 
     train: TrainArgs = field(default_factory=TrainArgs)
     eval: settings.EvalArgs = field(default_factory=settings.EvalArgs)
@@ -104,21 +112,22 @@ def check(args):
     if train.shift_interval is not None and train.num_train_steps is None:
         remedy = "moves a window of train.num_train_steps steps, which is None; set that too (MixGRPO has 4)"
         refuse("train.shift_interval", train.shift_interval, remedy)
-    most = last - sorted(steps)[(train.num_train_steps or len(steps)) - 1]
+    first = last - 1 if train.sde_steps == "all" else sorted(steps)[(train.num_train_steps or len(steps)) - 1]
+    most = last - first
     if train.tail_steps is not None and not 1 <= train.tail_steps <= most:
         remedy = f"the last stochastic step is {last - most} or later, and after it come at most {most} steps"
         refuse("train.tail_steps", train.tail_steps, f"{remedy}; take 1 to that many, or None")
 
 
 def drawn_steps(train, epoch):
-    """The stochastic, trained steps of an epoch (from 1), decided by (seed, epoch) alone."""
-    candidates = common.candidate_steps(train)
+    """The trained steps of an epoch (from 1), decided by (seed, epoch) alone."""
+    candidates, rng = sorted(common.candidate_steps(train)), np.random.default_rng([train.seed, epoch])
     count = train.num_train_steps or len(candidates)
-    if train.shift_interval:
-        start = min((epoch - 1) // train.shift_interval, len(candidates) - count)
-        return sorted(candidates)[start : start + count]
-    rng = np.random.default_rng([train.seed, epoch])
-    return sorted(rng.choice(candidates, count, replace=False).tolist())
+    if train.shift_interval is None:
+        return sorted(rng.choice(common.candidate_steps(train), count, replace=False).tolist())
+    last = len(candidates) - count
+    start = min((epoch - 1) // train.shift_interval, last) if train.shift_interval else rng.integers(last + 1)
+    return candidates[start : start + count]
 
 
 def most_steps(train):
@@ -129,7 +138,6 @@ def most_steps(train):
 
 def step_weights(train, sigmas):
     """{k: weight} of each candidate step in the loss: 1 / h, or 1. sigmas: (T + 1,)."""  # new in GRPO-Guard
-    # they do not average to 1: the loss grows by 1 / h against the KL, and so kl_beta weighs less than in grpo.py
     return {k: 1 / (sigmas[k] - sigmas[k + 1]) if train.reweight else 1.0 for k in common.candidate_steps(train)}
 
 
@@ -175,8 +183,10 @@ def kl_loss(kl_type, velocity, step, ref_velocity, ref_step):
     Returns (penalty, metrics). Both policies have the same std, so the exact KL is (mean − mean_ref)² / 2 std².
     """
     squared = (step.mean - ref_step.mean) ** 2
-    penalty = ((velocity.float() - ref_velocity.float()) ** 2).mean() if kl_type == "v-based" else squared.mean()
-    return penalty, {"kl_penalty": penalty.detach(), "kl": (squared.detach() / (2 * step.std**2)).mean()}
+    exact = (squared / (2 * step.std**2)).mean()
+    v_based = ((velocity.float() - ref_velocity.float()) ** 2).mean()
+    penalty = {"v-based": v_based, "x-based": squared.mean(), "exact": exact}[kl_type]
+    return penalty, {"kl_penalty": penalty.detach(), "kl": exact.detach()}
 
 
 def main():
@@ -198,7 +208,7 @@ def main():
         policy.values(), train.learning_rate, train.adam_betas, train.adam_epsilon, train.adam_weight_decay, fused=True
     )
     checkpoint = Checkpoint(run, policy, optimizer, reference=reference, ema=ema)
-    prompts = common.read_prompts(args.prompts)
+    prompts = data.read_prompts(args.prompts)
     run.print(console.plan(args, policy, len(drawn_steps(train, 1)), 1 + bool(reference), most_steps(train)))
 
     def evaluate(epoch):
@@ -214,10 +224,11 @@ def main():
 
         # Sampling: the images of the epoch in order of (prompt, member), in calls of one batch
         steps = drawn_steps(train, epoch)
+        noisy = steps if train.sde_steps == "trained" else list(range(train.num_inference_steps - 1))
         calls = common.epoch_calls(pipe, args, prompts, epoch, train.same_init_noise)
         rollouts, scoring = [], evaluation.Scoring(reward, train.group_size)
         calls = console.progress(calls, "sampling and rewards")
-        for tape in sample(pipe, calls, train.dynamics_type, train.noise_level, steps, train.tail_steps):
+        for tape in sample(pipe, calls, train.dynamics_type, train.noise_level, noisy, train.tail_steps):
             scoring.add(tape.images, tape.call["prompt"])
             rollouts.append(replace(tape, images=None))  # a replay does not need them
         scores, statistics = scoring.finish()

@@ -33,7 +33,7 @@ import torch
 import common
 import dynamics
 from common import Snapshot, gdpo_advantages, group_advantages, replay, sample
-from harness import arguments, console, contract, ending, evaluation, machine, settings
+from harness import arguments, console, contract, data, ending, evaluation, machine, settings
 from harness.checkpoint import Checkpoint
 from harness.checks import check_args
 from harness.fields import Count, Decay, NotNegative, Positive, refuse
@@ -43,8 +43,8 @@ from rewards import make_rewards
 
 @dataclass
 class TrainArgs(settings.TrainArgs):
-    """DiffusionNFT's own settings; those of every algorithm, the prompts and groups of an epoch, the optimizer and the
-    average, are in harness/settings.py. The defaults are the paper's for SD3.5-medium.
+    """What this algorithm adds to the settings of all (harness/settings.py: the prompts and groups of an epoch, the
+    optimizer, the average). The defaults are the paper's for SD3.5-medium.
     """
 
     trainer_type: Literal["nft"] = "nft"
@@ -60,7 +60,7 @@ class TrainArgs(settings.TrainArgs):
     """Classifier-free guidance in sampling and in all predictions; the paper trains without, which is 1."""
     dynamics_type: Literal[dynamics.DYNAMICS] = "ODE"
     """The sampler only: ODE, or Flow-SDE, Dance-SDE or CPS with noise in all steps but the last."""
-    noise_level: float = 0.7
+    noise_level: Positive = 0.7
     """a of Flow-SDE (0.7), eta of Dance-SDE (0.3), a of CPS (0.8)."""
     off_policy: bool = True
     """Sample and predict with an old policy that trails; otherwise it is the policy at the start of the epoch."""
@@ -91,8 +91,8 @@ class TrainArgs(settings.TrainArgs):
     """Of several weighted rewards: sum takes the advantages of their sum, gdpo adds up those of each (group std)."""
     self_normalised: bool = True
     """Divide each squared x0 error by its own mean absolute error, without a gradient, as the paper does."""
-    kl_type: Literal["v-based", "x-based"] = "v-based"
-    """The penalty mean (v − v_ref)². There are no transition means here, so x-based is refused."""
+    kl_type: Literal["v-based", "x-based", "exact"] = "v-based"
+    """The penalty mean (v − v_ref)². There are no transition means here, so the others are refused."""
     kl_beta: NotNegative = 1e-4
     """Weight of the KL penalty to the base model; 0 keeps no copy of it."""
 
@@ -106,20 +106,18 @@ class TrainArgs(settings.TrainArgs):
 
 @dataclass
 class Args(settings.RunArgs):
-    """DiffusionNFT. See the top of nft.py."""
+    """All settings of this script."""
 
     train: TrainArgs = field(default_factory=TrainArgs)
-    eval: settings.EvalArgs = field(default_factory=settings.EvalArgs)
+    eval: settings.EvalArgs = field(default_factory=lambda: settings.EvalArgs(guidance_scale=1.0))
 
 
 def check(args):
     """Refuse settings that cannot work, before anything is loaded."""
     train = args.train
-    if train.kl_type == "x-based":
+    if train.kl_type != "v-based":
         remedy = "the loss has no transitions whose means could be compared; take v-based"
-        refuse("train.kl_type", "x-based", remedy)
-    if train.dynamics_type != "ODE" and not 0 < train.noise_level <= (1 if train.dynamics_type == "CPS" else np.inf):
-        refuse("train.noise_level", train.noise_level, "must be above 0 (and at most 1 for CPS); 0.7 is usual")
+        refuse("train.kl_type", train.kl_type, remedy)
     if train.solver != "Euler" and train.dynamics_type != "ODE":
         refuse("train.solver", train.solver, f"is for the ODE, and {train.dynamics_type} has steps of its own")
     check_args(args)
@@ -189,7 +187,7 @@ def main():
         policy.values(), train.learning_rate, train.adam_betas, train.adam_epsilon, train.adam_weight_decay, fused=True
     )
     checkpoint = Checkpoint(run, policy, optimizer, old=old, reference=reference, ema=ema)
-    prompts = common.read_prompts(args.prompts)
+    prompts = data.read_prompts(args.prompts)
     # DPM-Solver++ takes the steps after the last noisy one; the ODE has none, so these are all
     tail_steps = train.num_inference_steps if train.solver == "DPM-Solver++" else None
     noisy_steps = range(train.num_inference_steps - 1) if train.dynamics_type != "ODE" else ()
@@ -274,7 +272,9 @@ def noised(x0, sigma, generator):
 
 def first_step_contract(run, pipe, train, policy, old, reference, rollouts, totals):
     """What must hold before the first update; otherwise the run ends."""
-    k, x = drawn_steps(train, 1)[0], rollouts[0].noise
+    k = drawn_steps(train, 1)[0]
+    seeds = [(train.seed, 1, i, 3) for i in range(len(rollouts[0].x0))]
+    x = noised(rollouts[0].x0, rollouts[0].sigmas[k].item(), common.generators(*seeds))  # as in training
     v = replay(pipe, rollouts[0], k, x)[0].detach()
     with torch.no_grad(), old.loaded():
         distance = (replay(pipe, rollouts[0], k, x)[0] - v).abs().max().item()

@@ -14,8 +14,9 @@ import torch
 from diffusers import ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 import rewards
-from common import candidate_steps, height_width, read_prompts
+from common import candidate_steps, height_width
 from harness.console import quiet
+from harness.data import read_prompts
 from harness.fields import refuse, refusing
 from harness.flow_models import no_rectified_flow
 from harness.parallel import world_size
@@ -53,6 +54,8 @@ def check_steps(train):
     if not steps or sorted(set(steps)) != sorted(steps) or not all(0 <= k <= last for k in steps):
         remedy = f"with train.num_inference_steps = {last + 1} needs different indices from 0 to {last}"
         refuse("train.train_steps", train.train_steps, remedy)
+    if train.dynamics_type == "CPS" and train.noise_level > 1:
+        refuse("train.noise_level", train.noise_level, "CPS takes at most 1, which replaces all noise by fresh noise")
     if train.num_train_steps is not None and not 1 <= train.num_train_steps <= len(steps):
         remedy = f"must be 1 to {len(steps)}, or None: train.train_steps has the candidates {sorted(steps)}"
         refuse("train.num_train_steps", train.num_train_steps, remedy)
@@ -72,6 +75,9 @@ def check_call(args):
         numbers = all(isinstance(level, (int, float)) for level in levels or ())
         if not numbers or not all(a > b for a, b in itertools.pairwise([math.inf, *(levels or ()), 0])):
             refuse("call", f"{key}={levels}", "must be numbers above 0, each below the one before it")
+        full = 1 if key == "sigmas" else 1000
+        if levels and not 0.9 * full <= levels[0] <= full:
+            refuse("call", f"{key}={levels}", f"must begin near {full}: sampling starts from noise alone")
 
 
 def check_batches(args):

@@ -68,7 +68,7 @@ def plan(args, policy, trained_steps, networks, most_steps=None):
         f"{_count(calls, 'call')} of {train.per_device_batch_size}{by}; {_count(updates, 'update')} over "
         f"{_count(trained_steps, 'step')}{' each' if updates > 1 else ''};\n"
         f"          {'at most ' if most_steps else ''}{forwards:,} network evaluations to sample, {replays:,} to train"
-        f"{' (true classifier-free guidance doubles both)' if train.guidance_scale > 1 else ''}"
+        f"{' (twice as many where guidance takes a second pass)' if train.guidance_scale > 1 else ''}"
     )
 
 

@@ -1,8 +1,10 @@
 """What must hold before the first update of any algorithm here: terms for Run.contract, {what: (value, it holds)}."""
 
+from dataclasses import replace
+
 import torch
 
-from common import Snapshot, autocast, copy_nested, generators, gradient_norm, rollout
+from common import Snapshot, autocast, copy_nested, generators, gradient_norm, replay, rollout
 
 
 def kl_gradient(policy, penalty):
@@ -21,10 +23,23 @@ def sampling(pipe, rollouts, group_size, same_init_noise=False):
     """No two images of a group have the same noise, and without noise a rollout is what the plain pipeline makes."""
     same = count_repeated_noise(rollouts, group_size, same_init_noise)
     difference = ode_difference(pipe, rollouts[0].call)
-    return {
+    terms = {
         "images with the noise of another": (same, same == 0),
         "ODE against the plain pipeline": (difference, difference == 0),
     }
+    scale = rollouts[0].call.get("guidance_scale", 1)
+    if scale > 1 and not guidance_counts(pipe, rollouts[0]):
+        terms[f"NOTE, without effect in {type(pipe).__name__}: guidance_scale"] = (scale, True)
+    return terms
+
+
+@torch.no_grad()
+def guidance_counts(pipe, rollout):
+    """Whether another guidance_scale would give another velocity; some pipelines take it and make no use of it."""
+    other = replace(rollout, call=rollout.call | {"guidance_scale": rollout.call["guidance_scale"] + 1})
+    k = min(rollout.steps, default=0)
+    x = None if rollout.steps else rollout.noise
+    return not torch.equal(*(replay(pipe, tape, k, x)[0] for tape in (rollout, other)))
 
 
 def count_repeated_noise(rollouts, group_size, same_init_noise):

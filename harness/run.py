@@ -26,10 +26,11 @@ from PIL import Image
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from common import denoisers, read_prompts, seed_global_generators
+from common import denoisers, seed_global_generators
 from harness.arguments import began_with, repeatable
 from harness.checkpoint import MOST_SKIPPED, atomic_folder, check_finite, newest_checkpoint, sha256, write_file
 from harness.console import epoch_line, listened_to, outcome
+from harness.data import read_prompts
 from harness.ending import Current, RunError
 from harness.evaluation import evaluate
 from harness.fields import MAY_CHANGE, fields_of, refuse, to_yaml
