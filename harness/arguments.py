@@ -13,7 +13,18 @@ import tyro
 
 import rewards
 from harness.console import listened_to
-from harness.fields import MAY_CHANGE, fields_of, flatten, from_yaml, read_text, refuse, refusing, set_by, validated
+from harness.fields import (
+    MAY_CHANGE,
+    fields_of,
+    flatten,
+    from_yaml,
+    read_text,
+    refuse,
+    refusing,
+    set_by,
+    to_yaml,
+    validated,
+)
 
 FROM_A_MODEL = (
     *("dtype", "cpu_threads", "finetune_type", "lora_rank", "lora_alpha", "target_modules", "prompts", "reward"),
@@ -65,14 +76,12 @@ def parse_args(Args, description, argv=None):
     by_model = sum(path == str(lowest) for path in set_by.values())
     if by_model:
         said.append(f"from {os.path.relpath(lowest)}: {by_model} settings; all are in args.yaml")
+    flat = flatten(args)
     for source, keys in ((given.config, [k for k, path in set_by.items() if path == given.config]), ("you", typed)):
         if keys:
-            flat = flatten(args)
             said.append(f"from {source}: {', '.join(f'{key} {flat[key]}' for key in keys)}")
-    code = [
-        name.rpartition(":")[0] for name in {**config.get("reward", {}), **config.get("eval", {}).get("reward", {})}
-    ]
-    if code := sorted({path for path in code if path}):
+    named = {name for key in ("reward", "eval.reward") if set_by.get(key) == given.config for name in flat[key]}
+    if code := sorted({name.rpartition(":")[0] for name in named} - {""}):
         said.append(f"note: {given.config} names rewards of {', '.join(code)}, whose code will run")
     return args, said
 
@@ -197,11 +206,4 @@ def repeatable(args):
     settings["prompts"], settings["eval"]["prompts"] = absolute(args.prompts), absolute(args.eval.prompts)
     if Path(args.model).is_dir():  # or else a hub id
         settings["model"] = absolute(args.model)
-    return _lists(settings)
-
-
-def _lists(settings):
-    """Nested settings with lists in the place of tuples."""
-    if isinstance(settings, dict):
-        return {key: _lists(value) for key, value in settings.items()}
-    return list(settings) if isinstance(settings, tuple) else settings
+    return from_yaml(to_yaml(settings))

@@ -102,27 +102,23 @@ def damage(checkpoint):
 
 
 def newest_checkpoint(run):
-    """The newest checkpoint of a run that is complete, or None if no epoch was finished; newer ones are set aside."""
+    """The newest checkpoint of a run that is undamaged, or None if no epoch was finished."""
     for left in (run.folder / "checkpoints").glob("*.tmp"):  # by a process that was killed, maybe when it was complete
         if damage(left):
             shutil.rmtree(left)
         else:
             shutil.rmtree(left.with_suffix(""), ignore_errors=True)
             left.rename(left.with_suffix(""))
-    damaged = {}
+    damaged = []
     for checkpoint in reversed(checkpoints(run.folder)):
-        if reason := damage(checkpoint):
-            damaged[checkpoint] = reason
-            continue
-        for bad, reason in damaged.items():
-            aside = bad.with_suffix(".damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            bad.rename(aside)
-            run.print(f"{bad} is damaged ({reason}), now {aside.name}; {checkpoint.name} is used")
-        return checkpoint
+        if (reason := damage(checkpoint)) is None:
+            for bad in damaged:
+                run.print(f"damaged: {bad}; {checkpoint.name} is used")
+            return checkpoint
+        damaged.append(f"{checkpoint.name}: {reason}")
     table = run.folder / "metrics.csv"
     if damaged or (table.is_file() and table.read_bytes().count(b"\n") > 2):  # more than epoch 0
-        found = "; ".join(f"{bad.name}: {reason}" for bad, reason in damaged.items()) or "there is none"
+        found = "; ".join(damaged) or "there is none"
         refuse("resume", str(run.folder), f"has no checkpoint that is whole ({found})")
 
 

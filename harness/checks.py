@@ -132,8 +132,8 @@ def check_machine(args):
 def check_run_folder(args):
     """Refuse a name that is none, or that another run has."""
     name = args.run_name
-    if name is not None and (name in ("", ".", "..") or Path(name).name != name or "\0" in name):
-        refuse("run_name", name, "must be the name of a folder, without a path")
+    if name is not None and (name in ("", ".", "..") or Path(name).name != name or not name.isprintable()):
+        refuse("run_name", name, "must be the printable name of a folder, without a path")
     folder = Path(args.output_dir) / (name or "")
     free = not os.path.exists(folder) or folder.is_dir() and not any(folder.iterdir()) or is_unused(folder)
     if name and not args.resume and not free:

@@ -57,23 +57,18 @@ def plan(args, policy, trained_steps, networks, most_steps=None):
     """
     train = args.train
     images = train.unique_sample_num_per_epoch * train.group_size
-    calls = images // train.per_device_batch_size
     by = f" by {world_size()} processes" if world_size() > 1 else ""
-    updates = train.gradient_step_per_epoch * train.num_inner_epochs
     forwards = images * (most_steps or train.num_inference_steps)
     replays = images * trained_steps * train.num_inner_epochs * networks
+    twice = " (twice as many where guidance takes a second pass)" if train.guidance_scale > 1 else ""
     return (
         f"training {sum(p.numel() for p in policy.values()):,} parameters ({args.finetune_type}) of {args.model}\n"
-        f"an epoch: {_count(train.unique_sample_num_per_epoch, 'prompt')} x {train.group_size} = {images} images in "
-        f"{_count(calls, 'call')} of {train.per_device_batch_size}{by}; {_count(updates, 'update')} over "
-        f"{_count(trained_steps, 'step')}{' each' if updates > 1 else ''};\n"
+        f"an epoch: {train.unique_sample_num_per_epoch} x {train.group_size} = {images} images, in calls of "
+        f"{train.per_device_batch_size}{by}; updates: {train.gradient_step_per_epoch * train.num_inner_epochs}, "
+        f"each over trained steps: {trained_steps};\n"
         f"          {'at most ' if most_steps else ''}{forwards:,} network evaluations to sample, {replays:,} to train"
-        f"{' (twice as many where guidance takes a second pass)' if train.guidance_scale > 1 else ''}"
+        f"{twice}"
     )
-
-
-def _count(number, what):
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def epoch_line(row):

@@ -84,14 +84,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class _Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, data):
-        return True
-
-
 def to_yaml(settings):
-    """Nested settings as a YAML text that `from_yaml` reads."""
-    return yaml.dump(settings, Dumper=_Dumper, sort_keys=False)
+    """Nested settings as a YAML text that `from_yaml` reads: tuples as lists, and without aliases."""
+    return yaml.safe_dump(json.loads(json.dumps(settings, default=str)), sort_keys=False)
 
 
 def from_yaml(text):
