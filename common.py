@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import dynamics
 from harness.console import quiet
+from harness.data import call_of, with_pictures
 from harness.fields import refuse
 from harness.flow_models import use_flow_matching
 from harness.listening import listening, remembering, routed
@@ -159,6 +160,8 @@ class Rollout:
     steps: dict = field(default_factory=dict)
     """{k: Transition} for the stochastic steps."""
     call: dict = None
+    rows: list = None
+    """Of a `Call`: what each image was made of."""
     dynamics_type: str = None
     noise_level: float = None
     tail_start: int = 0
@@ -178,6 +181,7 @@ def sample(pipe, calls, dynamics_type, noise_level, sde_steps, tail_steps=None):
         tape = rollout(
             pipe, call.kwargs, dynamics_type, noise_level, sde_steps, call.noise, tail_steps, texts=texts, sibling=tape
         )
+        tape.rows = call.rows
         yield tape
 
 
@@ -577,13 +581,20 @@ class Snapshot:
 # Prompts and seeds: all from (seed, epoch, prompt, member), nothing from what was drawn before
 
 
-def epoch_prompts(prompts, count, seed, epoch):
-    """The prompts of an epoch (from 1): `count` of them, going through the whole list in a new order each time."""
+def epoch_rows(rows, count, seed, epoch):
+    """The rows of an epoch (from 1): `count` of them, going through the whole list in a new order each time.
+
+    If a row has a weight, they are drawn by their weights instead, anew in each epoch.
+    """
+    if any("weight" in row for row in rows):
+        weights = np.array([row.get("weight", 1) for row in rows], float)
+        rng, scarce = np.random.default_rng([seed, epoch]), count > np.count_nonzero(weights)
+        return [rows[i] for i in rng.choice(len(rows), count, replace=scarce, p=weights / weights.sum())]
     places = range((epoch - 1) * count, epoch * count)
-    orders = {p // len(prompts): None for p in places}
+    orders = {p // len(rows): None for p in places}
     for turn in orders:
-        orders[turn] = np.random.default_rng([seed, turn]).permutation(len(prompts))
-    return [prompts[orders[p // len(prompts)][p % len(prompts)]] for p in places]
+        orders[turn] = np.random.default_rng([seed, turn]).permutation(len(rows))
+    return [rows[orders[p // len(rows)][p % len(rows)]] for p in places]
 
 
 @dataclass
@@ -592,30 +603,31 @@ class Call:
 
     members: list
     """[(group, member)] of its images, both from 0."""
+    rows: list
+    """What each image is made of: the object of the data file, with its pictures."""
     kwargs: dict
     """Keyword arguments of the pipeline."""
     noise: list
     """A torch.Generator for each image, of the noise of its stochastic steps."""
 
 
-def call_arguments(pipe, section, extra):
-    """Keyword arguments of the pipeline: those of a section of the settings, if it takes them, and the extra ones."""
+def call_arguments(pipe, section, extra, rows):
+    """Keyword arguments of the pipeline: what it takes of a section of the settings and of rows, and the extra ones."""
     height, width = height_width(section.resolution)
     named = dict(height=height, width=width, num_inference_steps=section.num_inference_steps)
+    named["guidance_scale"] = section.guidance_scale
     takes = inspect.signature(type(pipe).__call__).parameters
-    named = {**named, "guidance_scale": section.guidance_scale}
-    return {name: value for name, value in named.items() if name in takes} | extra
+    return {name: value for name, value in named.items() if name in takes} | extra | call_of(rows, takes)
 
 
-def epoch_calls(pipe, args, prompts, epoch, same_init_noise=False):
+def epoch_calls(pipe, args, rows, epoch, same_init_noise=False):
     """The calls that make this process's share of an epoch's images, in the order of (prompt, member).
 
     same_init_noise: start all images of a group from one noise, instead of each from its own.
     """
     train = args.train
     seed_global_generators(train.seed, epoch)
-    settings = call_arguments(pipe, train, args.call)
-    chosen = epoch_prompts(prompts, train.unique_sample_num_per_epoch, train.seed, epoch)
+    chosen = epoch_rows(rows, train.unique_sample_num_per_epoch, train.seed, epoch)
     members = local_shard([(group, member) for group in range(len(chosen)) for member in range(train.group_size)])
     calls = []
     for first in range(0, len(members), train.per_device_batch_size):
@@ -623,8 +635,9 @@ def epoch_calls(pipe, args, prompts, epoch, same_init_noise=False):
         # the last number tells the noise at the start, 0, from that of the steps, 1
         start_seeds = [(train.seed, epoch, g, 0 if same_init_noise else m, 0) for g, m in batch]
         step_seeds = [(train.seed, epoch, g, m, 1) for g, m in batch]
-        kwargs = dict(prompt=[chosen[g] for g, _ in batch], generator=generators(*start_seeds), **settings)
-        calls.append(Call(batch, kwargs, generators(*step_seeds)))
+        given = [with_pictures(chosen[g]) for g, _ in batch]
+        kwargs = call_arguments(pipe, train, args.call, given) | {"generator": generators(*start_seeds)}
+        calls.append(Call(batch, given, kwargs, generators(*step_seeds)))
     return calls
 
 

@@ -201,7 +201,7 @@ def main():
         policy.values(), train.learning_rate, train.adam_betas, train.adam_epsilon, train.adam_weight_decay, fused=True
     )
     checkpoint = Checkpoint(run, policy, optimizer, reference=reference, ema=ema)
-    prompts = data.read_prompts(args.prompts)
+    rows = data.read_rows(args.prompts)
     run.print(console.plan(args, policy, len(drawn_steps(train, 1)), 1 + bool(reference), most_steps(train)))
 
     def evaluate(epoch):
@@ -218,11 +218,11 @@ def main():
         # Sampling: the images of the epoch in order of (prompt, member), in calls of one batch
         steps = drawn_steps(train, epoch)
         noisy = steps if train.sde_steps == "trained" else list(range(train.num_inference_steps - 1))
-        calls = common.epoch_calls(pipe, args, prompts, epoch, train.same_init_noise)
+        calls = common.epoch_calls(pipe, args, rows, epoch, train.same_init_noise)
         rollouts, scoring = [], evaluation.Scoring(reward, train.group_size)
         calls = console.progress(calls, "sampling and rewards")
         for tape in sample(pipe, calls, train.dynamics_type, train.noise_level, noisy, train.tail_steps):
-            scoring.add(tape.images, tape.call["prompt"])
+            scoring.add(tape.images, tape.rows)
             rollouts.append(replace(tape, images=None))  # a replay does not need them
         scores, statistics = scoring.finish()
         metrics.add(evaluation.epoch_metrics(scores, statistics, train.group_size))

@@ -187,7 +187,7 @@ def main():
         policy.values(), train.learning_rate, train.adam_betas, train.adam_epsilon, train.adam_weight_decay, fused=True
     )
     checkpoint = Checkpoint(run, policy, optimizer, old=old, reference=reference, ema=ema)
-    prompts = data.read_prompts(args.prompts)
+    rows = data.read_rows(args.prompts)
     # DPM-Solver++ takes the steps after the last noisy one; the ODE has none, so these are all
     tail_steps = train.num_inference_steps if train.solver == "DPM-Solver++" else None
     noisy_steps = range(train.num_inference_steps - 1) if train.dynamics_type != "ODE" else ()
@@ -206,12 +206,12 @@ def main():
 
         # Sampling by the old policy: the images of the epoch in order of (prompt, member), in calls of one batch
         steps = drawn_steps(train, epoch)
-        calls = common.epoch_calls(pipe, args, prompts, epoch)
+        calls = common.epoch_calls(pipe, args, rows, epoch)
         rollouts, scoring = [], evaluation.Scoring(reward, train.group_size)
         bar = console.progress(calls, "sampling and rewards")
         with old.loaded():
             for tape in sample(pipe, bar, train.dynamics_type, train.noise_level, noisy_steps, tail_steps):
-                scoring.add(tape.images, tape.call["prompt"])
+                scoring.add(tape.images, tape.rows)
                 rollouts.append(replace(tape, images=None))  # a replay does not need them
         scores, statistics = scoring.finish()
         metrics.add(evaluation.epoch_metrics(scores, statistics, train.group_size))

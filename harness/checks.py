@@ -16,7 +16,7 @@ from diffusers import ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteSche
 import rewards
 from common import candidate_steps, height_width
 from harness.console import quiet
-from harness.data import read_prompts
+from harness.data import check_rows, read_rows
 from harness.fields import refuse, refusing
 from harness.flow_models import no_rectified_flow
 from harness.parallel import world_size
@@ -38,12 +38,13 @@ def check_args(args):
     check_batches(args)
     check_machine(args)
     check_run_folder(args)
+    takes = ()
     try:
-        check_model(args)
+        takes = check_model(args)
     except (AttributeError, LookupError, TypeError) as error:  # in what should be mappings and lists
         reason = f"its model_index.json, or a config.json in it, is not diffusers' ({type(error).__name__}: {error})"
         refuse("model", args.model, reason)
-    check_prompts_and_rewards(args)
+    check_prompts_and_rewards(args, takes)
 
 
 def check_steps(train):
@@ -140,29 +141,37 @@ def check_run_folder(args):
         refuse("run_name", name, f"{folder} already holds a run; choose another name or remove it")
 
 
-def check_prompts_and_rewards(args):
-    """Refuse prompts that are not there, rewards that are none, and prompts that a reward cannot score."""
+def check_prompts_and_rewards(args, takes):
+    """Refuse data that is not there or not used, rewards that are none, and prompts that a reward cannot score.
+
+    takes: names of the pipeline's arguments.
+    """
     if not args.prompts:
         refuse("prompts", args.prompts, "name a text file of training prompts, one a line")
     asked = {**args.reward, **args.eval.reward}
-    key, path = ("eval.prompts", args.eval.prompts) if args.eval.prompts else ("prompts", args.prompts)
-    trained, shown, each = read_prompts(args.prompts), read_prompts(path, key), args.eval.images_per_prompt
-    for key_, value, checked in [
-        ("reward", args.reward, (args.reward,)),
-        ("eval.reward", args.eval.reward, (asked,)),
-        ("reward_options", args.reward_options, (asked, (), args.reward_options)),
-        ("prompts", args.prompts, (args.reward, trained)),
-        (key, path, (asked, shown)),
-    ]:
-        with refusing(key_, value):
-            rewards.check_rewards(*checked)
-    if len(shown) * each > MOST_IMAGES:
-        remedy = f"makes {len(shown) * each} images an evaluation ({len(shown)} prompts); at most {MOST_IMAGES} will do"
-        refuse("eval.images_per_prompt", each, remedy)
+    with refusing("reward", args.reward):
+        rewards.check_rewards(args.reward)
+    with refusing("eval.reward", args.eval.reward):
+        rewards.check_rewards(asked)
+    with refusing("reward_options", args.reward_options):
+        rewards.check_rewards(asked, options=args.reward_options)
+    evaluated = ("eval.prompts", args.eval.prompts) if args.eval.prompts else ("prompts", args.prompts)
+    for key, path, named in (("prompts", args.prompts, args.reward), (*evaluated, asked)):
+        rows = read_rows(path, key)
+        check_rows(rows, path, key, takes, rewards.takes_rows(named))
+        with refusing(key, path):
+            rewards.check_rewards(named, [row["prompt"] for row in rows], rows=rows)
+    images = len(rows) * args.eval.images_per_prompt
+    if images > MOST_IMAGES:
+        remedy = f"makes {images} images an evaluation ({len(rows)} prompts); at most {MOST_IMAGES} will do"
+        refuse("eval.images_per_prompt", args.eval.images_per_prompt, remedy)
 
 
 def check_model(args):
-    """Refuse a model that is missing or no rectified flow, or a resolution that it cannot take; loads no weights."""
+    """Refuse a model that is missing or no rectified flow, or a resolution that it cannot take; loads no weights.
+
+    Returns the names of the arguments that its pipeline takes.
+    """
     try:
         index = DiffusionPipeline.load_config(args.model)
     except Exception as error:  # the hub client raises many kinds
@@ -190,6 +199,7 @@ def check_model(args):
     except Exception as error:
         refuse("model", args.model, str(error).splitlines()[0])
     check_resolutions(args, parts.get("vae", {}), parts.get("transformer", {}))
+    return [*inspect.signature(pipeline.__call__).parameters]
 
 
 def check_call_of(pipeline, call):

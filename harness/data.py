@@ -1,11 +1,86 @@
-"""What a run is given to make images of."""
+"""What a run makes images of: a text file of prompts, or a JSON Lines file (.jsonl) whose objects have more than that.
+
+Of an object ("row"), what the pipeline's call takes goes to the pipeline, keys that end in `image` as pictures by their
+path beside the file; all of it goes to rewards that ask for rows. `weight` is how often it is drawn, 1 by default.
+"""
+
+import functools
+import json
+import math
+from pathlib import Path
+
+from PIL import Image
 
 from harness.fields import read_text, refuse
 
 
-def read_prompts(path, key="prompts"):
-    """The non-empty lines of a text file."""
-    prompts = [line.strip() for line in read_text(key, path).split("\n") if line.strip()]
-    if not prompts:
+def read_rows(path, key="prompts"):
+    """[{"prompt": text, ...}] of the non-empty lines of a file; a line ends at a newline alone."""
+    lines = {n: line.strip() for n, line in enumerate(read_text(key, path).split("\n"), 1) if line.strip()}
+    if not lines:
         refuse(key, path, "holds no prompt; it should have one a line")
-    return prompts
+    if Path(path).suffix != ".jsonl":
+        return [{"prompt": line} for line in lines.values()]
+    rows = []
+    for number, line in lines.items():
+        try:
+            rows.append(_row(json.loads(line), Path(path).parent))
+        except (ValueError, RecursionError) as error:
+            refuse(key, path, f"line {number}: {error}")
+    return rows
+
+
+def _row(row, folder):
+    """A row as it is, with the whole paths of its pictures; a ValueError where it is none."""
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+        raise ValueError('should be an object with a text under "prompt"')
+    weight = row.get("weight", 1)
+    if type(weight) not in (int, float) or not 0 <= weight < math.inf:
+        raise ValueError(f"weight = {weight!r} should be a number of at least 0")
+    for key in filter(is_picture, row):
+        if not isinstance(row[key], str):
+            raise ValueError(f"{key} = {row[key]!r} should be the path of a picture")
+        path = folder / row[key]
+        try:
+            Image.open(path).close()  # its header alone
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{key}: {path} is no picture ({type(error).__name__})") from error
+        row[key] = str(path.resolve())
+    return row
+
+
+def is_picture(key):
+    """Whether a key of a row names a picture: image, mask_image, control_image, last_image, ..."""
+    return key == "image" or key.endswith("_image")
+
+
+def check_rows(rows, path, key, takes, asked):
+    """Refuse rows with keys that nothing takes, or that not all rows have.
+
+    takes: arguments of the pipeline; asked: whether a reward asks for rows.
+    """
+    for number, row in enumerate(rows, 1):
+        for name in row.keys() - {"prompt", "weight"} - set(takes) if not asked else ():
+            remedy = "the pipeline does not take it, and no reward has a parameter `rows`; leave it out"
+            refuse(key, path, f"row {number} has {name!r}: {remedy}")
+        given = {name for name in takes if name in row}
+        if given != {name for name in takes if name in rows[0]}:
+            refuse(key, path, f"row {number} gives the pipeline {sorted(given)}, unlike row 1; give all rows the same")
+    if not any(row.get("weight", 1) for row in rows):
+        refuse(key, path, "gives every row the weight 0, so that none would be drawn")
+
+
+def with_pictures(row):
+    """The row with its pictures in the place of their paths."""
+    return {key: picture(value) if is_picture(key) else value for key, value in row.items()}
+
+
+@functools.lru_cache(maxsize=256)
+def picture(path):
+    """A picture file as an RGB image; read once."""
+    return Image.open(path).convert("RGB")
+
+
+def call_of(rows, takes):
+    """What rows (with their pictures) give to a call of a pipeline that takes these arguments, a list of each."""
+    return {key: [row[key] for row in rows] for key in rows[0] if key in takes}

@@ -10,6 +10,7 @@ import torch
 
 from common import autocast, call_arguments, copy_nested, generators, in_pipeline_call, rollout
 from harness.console import progress
+from harness.data import with_pictures
 from harness.parallel import gather, gather_rows, local_shard, recording
 from harness.pictures import evenly
 
@@ -36,22 +37,27 @@ class Scoring:
         self.thread, self.calls = ThreadPoolExecutor(1), []
         self.columns, self.incomplete = defaultdict(list), []
 
-    def add(self, images, prompts):
-        """images: (B, 3, H, W) in [0, 1], or videos. Raises what the reward raised for the last ones, at once."""
+    def add(self, images, rows):
+        """images: (B, 3, H, W) in [0, 1], or videos, made of B rows. Raises what the reward raised for the last."""
         images = images.float()
         if self.calls:
             self.calls[-1].result()
-        self.calls.append(self.thread.submit(self._score, images, prompts))
         for name, values in self.statistics(images).items():
             self.columns[name].append(values)
-        self.incomplete.extend(images)
-        while self.group_size > 1 and len(self.incomplete) >= self.group_size:
-            group, self.incomplete = torch.stack(self.incomplete[: self.group_size]), self.incomplete[self.group_size :]
-            self.columns["group_spread"].append(group.std(dim=0).mean()[None])
+        self.incomplete.extend(zip(images, rows, strict=True))
+        while len(self.incomplete) >= self.group_size:
+            group, self.incomplete = self.incomplete[: self.group_size], self.incomplete[self.group_size :]
+            of_group = torch.stack([image for image, _ in group])
+            if self.group_size > 1:
+                self.columns["group_spread"].append(of_group.std(dim=0).mean()[None])
+            if self.reward.takes_groups:
+                self.calls.append(self.thread.submit(self._score, of_group, [row for _, row in group]))
+        if not self.reward.takes_groups:
+            self.calls.append(self.thread.submit(self._score, images, rows))
 
-    def _score(self, images, prompts):
+    def _score(self, images, rows):
         with recording:
-            return self.reward(images, prompts)
+            return self.reward(images, [row["prompt"] for row in rows], rows)
 
     def finish(self):
         """What was found of all images, of all processes in the order of their ranks.
@@ -111,17 +117,17 @@ FRAMES = 8  # of a video among them
 
 
 @torch.no_grad()
-def evaluate(pipe, args, prompts, reward):
-    """Make images of the evaluation prompts with the plain pipeline, and look at them.
+def evaluate(pipe, args, rows, reward):
+    """Make images of the evaluation's rows with the plain pipeline, and look at them.
 
     Returns (prompts of length N, scores {"name": (N,), ..., "total": (N,)}, statistics {"name": mean}, shown). The
     statistics are those of image_statistics and, where a prompt has several images, group_spread. shown: {i: (frames,
     H, W, 3) uint8} for a few images, evenly taken, as are the frames of a video.
     """
     each = args.eval.images_per_prompt
-    prompts = [prompt for prompt in prompts for _ in range(each)]
+    rows = [row for row in rows for _ in range(each)]
+    prompts = [row["prompt"] for row in rows]
     noise = generators(*((args.eval.seed, i) for i in range(len(prompts))))
-    settings = call_arguments(pipe, args.eval, args.call)
     scoring, shown = Scoring(reward, each, image_statistics), dict.fromkeys(evenly(len(prompts), SHOWN))
     length = args.eval.per_device_batch_size
     runs = range(0, len(prompts), math.lcm(length, each))  # of whole calls and of all images of a prompt
@@ -129,7 +135,8 @@ def evaluate(pipe, args, prompts, reward):
     idle = max(gather(len(starts))) - len(starts) if args.shard else 0  # a sharded network works in all processes
     for number, start in enumerate(progress([*starts, *[0] * idle], "evaluation")):
         batch = slice(start, start + length)
-        call = dict(prompt=prompts[batch], generator=noise[batch], **settings)
+        given = [with_pictures(row) for row in rows[batch]]
+        call = call_arguments(pipe, args.eval, args.call, given) | {"generator": noise[batch]}
         if args.eval.solver == "Euler":
             with autocast(pipe), in_pipeline_call():
                 images = pipe(**copy_nested(call), output_type="pt", return_dict=False)[0].float()
@@ -137,7 +144,7 @@ def evaluate(pipe, args, prompts, reward):
             images = rollout(pipe, call, "ODE", 0.0, (), tail_steps=args.eval.num_inference_steps).images.float()
         if number >= len(starts):
             continue
-        scoring.add(images, prompts[batch])
+        scoring.add(images, given)
         for i, image in enumerate(images, start):
             if i in shown:
                 frames = image[evenly(len(image), FRAMES)] if image.ndim == 4 else image[None]

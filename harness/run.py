@@ -30,7 +30,7 @@ from common import denoisers, seed_global_generators
 from harness.arguments import began_with, repeatable
 from harness.checkpoint import MOST_SKIPPED, atomic_folder, check_finite, newest_checkpoint, sha256, write_file
 from harness.console import epoch_line, listened_to, outcome
-from harness.data import read_prompts
+from harness.data import read_rows
 from harness.ending import Current, RunError
 from harness.evaluation import evaluate
 from harness.fields import MAY_CHANGE, fields_of, refuse, to_yaml
@@ -51,7 +51,7 @@ class Run:
         self.skipped, self.skipped_in_a_row = 0, 0  # updates since the last row, and without one taken in between
         self.interrupted = None  # the signal that asks the run to end after this epoch
         self.in_loop = False
-        self.eval_prompts = read_prompts(args.eval.prompts or args.prompts)
+        self.eval_rows = read_rows(args.eval.prompts or args.prompts)
         self.folder = Path(args.resume or args.output_dir)  # a new run's is in there
         gather("the name is free")  # as all have checked; from now on it is not
         self.checkpoint, environment, notes = self._open(script) if rank() == 0 else (None, None, ())
@@ -171,9 +171,9 @@ class Run:
     def watch(self, reward):
         """The reward, but where it fails, the images and prompts of that call are kept."""
 
-        def watched(images, prompts):
+        def watched(images, prompts, rows=None):
             try:
-                return reward(images, prompts)
+                return reward(images, prompts, rows)
             except ValueError as error:  # which is what rewards.py makes of all failures
                 failed = self.folder / f"failed_reward{rank() or ''}"
                 with atomic_folder(failed, replace=True) as folder:
@@ -184,6 +184,7 @@ class Run:
                 what = str(error).removeprefix("error: ")
                 raise RunError(f"{what}; its images and prompts are in {failed}") from error
 
+        watched.takes_groups = reward.takes_groups
         return watched
 
     def contract(self, terms):
@@ -204,7 +205,7 @@ class Run:
         """Evaluate, keep the grid and each image's rewards and the weights; returns the columns of metrics.csv."""
         check_finite(policy, epoch)
         seed_global_generators(self.args.eval.seed, epoch)
-        prompts, scores, statistics, shown = evaluate(pipe, self.args, self.eval_prompts, reward)
+        prompts, scores, statistics, shown = evaluate(pipe, self.args, self.eval_rows, reward)
         self._save_weights(pipe)
         names = ["total", *(name for name in scores if name != "total")]
         columns = {f"eval/{name}": scores[name].mean().item() for name in names}
