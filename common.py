@@ -17,7 +17,6 @@ from typing import Optional
 
 import diffusers
 import numpy as np
-import peft
 import torch
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -27,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import dynamics
+from harness.adapters import add_adapters
 from harness.console import quiet
 from harness.data import call_of, with_pictures
 from harness.fields import refuse
@@ -38,16 +38,18 @@ from harness.parallel import average_gradients, gather, gather_rows, local_shard
 # The pipeline as a policy
 
 
-def load_pipeline(model, device, dtype) -> DiffusionPipeline:
+def load_pipeline(model, device, dtype, pipeline=None) -> DiffusionPipeline:
     """Load a diffusers folder or hub id, frozen, on a device (None leaves it on the CPU) and in a dtype.
 
     Components that model_index.json holds as null are passed as None, the idiom by which SD3's T5 is left out.
+    pipeline: the name of another class of diffusers over the same weights.
     """
+    kind = getattr(diffusers, pipeline) if pipeline else DiffusionPipeline
     index = DiffusionPipeline.load_config(model)
     absent = {name: None for name, spec in index.items() if isinstance(spec, (list, tuple)) and spec[0] is None}
     try:
         with quiet():
-            pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, **absent)
+            pipe = kind.from_pretrained(model, dtype=dtype, **absent)
     except (OSError, ValueError, SafetensorError) as error:  # a file of weights that is missing or cut
         refuse("model", model, f"does not load: {str(error).splitlines()[0]}")
     if device is not None:
@@ -82,20 +84,11 @@ def denoisers(pipe):
 def trainable_parameters(pipe, args, seed):
     """Make the denoiser's adapters (or all of it) trainable, in float32. Returns {name: parameter}."""
     torch.manual_seed(seed)  # of the adapters' initial values
+    if args.finetune_type == "lora":
+        add_adapters(denoisers(pipe), args)
     for denoiser in denoisers(pipe).values():
         if args.finetune_type == "full":
             denoiser.requires_grad_(True)
-        elif not hasattr(denoiser, "add_adapter"):
-            refuse("finetune_type", "lora", f"{type(denoiser).__name__} takes no adapters; full would do")
-        else:
-            targets = args.target_modules[0] if args.target_modules == ("all-linear",) else list(args.target_modules)
-            lora = peft.LoraConfig(
-                r=args.lora_rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian", target_modules=targets
-            )
-            try:
-                denoiser.add_adapter(lora)
-            except ValueError as error:
-                refuse("target_modules", args.target_modules, str(error).splitlines()[0])
         if args.train.enable_gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
     named = {f"{name}.{key}": p for name, module in denoisers(pipe).items() for key, p in module.named_parameters()}
@@ -551,6 +544,13 @@ class Snapshot:
     def __init__(self, parameters, device=None):
         self.parameters = list(parameters)
         self.values = [p.detach().to(device or p.device, copy=True) for p in self.parameters]
+
+    def without_adapters(self, names):
+        """The snapshot, of parameters with these names, as the base model: adapters that add nothing."""
+        for name, value in zip(names, self.values, strict=True):
+            if ".lora_B." in name:
+                value.zero_()
+        return self
 
     @contextmanager
     def loaded(self):

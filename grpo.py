@@ -195,6 +195,7 @@ def main():
     reference, ema = None, None
     if train.kl_beta > 0:
         reference = Snapshot(policy.values(), device if train.ref_param_device == "same_as_model" else "cpu")
+        reference = reference if train.kl_reference == "start" else reference.without_adapters(policy)
     if train.ema_decay > 0:
         ema = Snapshot(policy.values())
     optimizer = torch.optim.AdamW(

@@ -182,6 +182,8 @@ def main():
     copies = device if train.ref_param_device == "same_as_model" else "cpu"
     old = Snapshot(policy.values(), copies)
     reference = Snapshot(policy.values(), copies) if train.kl_beta > 0 else None
+    if reference and train.kl_reference == "base":
+        reference.without_adapters(policy)
     ema = Snapshot(policy.values()) if train.ema_decay > 0 else None
     optimizer = torch.optim.AdamW(
         policy.values(), train.learning_rate, train.adam_betas, train.adam_epsilon, train.adam_weight_decay, fused=True

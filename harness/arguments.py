@@ -66,7 +66,7 @@ def parse_args(Args, description, argv=None):
     with listened_to():  # --help
         args = tyro.cli(Args, description=description, args=argv, default=args)
     args.call = {**before["call"], **args.call}
-    typed = {key: value for key, value in flatten(args).items() if value != before[key]}
+    typed = {key: value for key, value in flatten(args).items() if value != before[key] and key != "config"}
     for key in typed:
         set_by.pop(key, None)
     args = validated(Args, dataclasses.asdict(args))

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+import warnings
 from contextlib import contextmanager, nullcontext, suppress
 
 import torch
@@ -238,8 +239,10 @@ class Checkpoint:
 
 @contextmanager
 def _its_own_error():
-    """Raise what went wrong in a process as it was there."""
+    """Raise what went wrong in a process as it was there, and say nothing of there being only one."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            yield
     except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from error

@@ -15,6 +15,7 @@ from diffusers import ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteSche
 
 import rewards
 from common import candidate_steps, height_width
+from harness.adapters import saved_file
 from harness.console import quiet
 from harness.data import check_rows, read_rows
 from harness.fields import refuse, refusing
@@ -113,6 +114,11 @@ def check_machine(args):
         refuse("shard", True, "needs several processes to share the model: torchrun --nproc-per-node 2 ...")
     if args.shard and args.finetune_type != "full":
         refuse("shard", True, f"is for full fine-tuning, not {args.finetune_type}; add --finetune-type full")
+    if args.lora and args.finetune_type != "lora":
+        refuse("lora", args.lora, "begins with adapters, and --finetune-type full trains none; leave one of them out")
+    if args.lora:
+        with refusing("lora", args.lora):
+            saved_file(args.lora)
     if args.shard and args.offload:
         refuse("offload", True, "does not go with --shard; leave one of them out")
     if world_size() > 1 and args.device not in ("auto", "cuda", "cpu"):
@@ -186,11 +192,16 @@ def check_model(args):
         refuse("model", args.model, f"its {scheduler} has no configuration ({str(error).splitlines()[0]})")
     if reason := no_rectified_flow(scheduler, config):
         refuse("model", args.model, reason)
+    named = args.pipeline or str(index.get("_class_name"))
     with quiet():
-        pipeline = getattr(diffusers, str(index.get("_class_name")), None)
+        pipeline = getattr(diffusers, named, None)
     if not inspect.isclass(pipeline) or not issubclass(pipeline, DiffusionPipeline):
-        named = f"its model_index.json names the class {index.get('_class_name')!r}"
-        refuse("model", args.model, f"{named}, which is no pipeline of diffusers {diffusers.__version__}")
+        reason = f"is no pipeline of diffusers {diffusers.__version__}"
+        if args.pipeline:
+            refuse("pipeline", named, f"{reason}; StableDiffusion3Img2ImgPipeline is one")
+        refuse(
+            "model", args.model, f"its model_index.json names the class {index.get('_class_name')!r}, which {reason}"
+        )
     check_call_of(pipeline, args.call)
     try:
         parts = {

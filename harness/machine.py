@@ -27,7 +27,8 @@ def pick_device(args):
 
 def make_policy(args, device):
     """The pipeline that the arguments ask for, and what of it is trained: (pipeline, {name: parameter})."""
-    pipe = load_pipeline(args.model, None if args.shard or args.offload else device, getattr(torch, args.dtype))
+    place = None if args.shard or args.offload else device
+    pipe = load_pipeline(args.model, place, getattr(torch, args.dtype), args.pipeline)
     if args.offload:
         offload(pipe, device)
     if args.shard:

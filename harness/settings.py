@@ -59,6 +59,8 @@ class TrainArgs:
     """Of the average of the trained parameters that is evaluated and saved; 0 keeps none."""
     ema_update_interval: Count = 8
     """Optimizer steps between updates of that average."""
+    kl_reference: Literal["base", "start"] = "base"
+    """What a KL is to: the base model, or the policy that the run began with (--lora)."""
     ref_param_device: Annotated[Literal["same_as_model", "cpu"], MAY_CHANGE] = "same_as_model"
     """Where copies of the trained parameters, such as the base model's for the KL, wait."""
     seed: Seed = 0
@@ -107,8 +109,13 @@ class RunArgs:
     call: pairs(object) = field(default_factory=dict)
     """Extra keyword arguments of the pipeline call, read as YAML and added to the model's own, e.g.
     max_sequence_length=256 negative_prompt=blurry."""
+    pipeline: Optional[str] = None
+    """Another pipeline class of diffusers over the same weights, e.g. StableDiffusion3Img2ImgPipeline."""
     finetune_type: Literal["lora", "full"] = "lora"
     """Train low-rank adapters or the whole denoiser."""
+    lora: Optional[str] = None
+    """Begin with these adapters, saved by diffusers or peft: a .safetensors file or its folder. Their rank, alpha and
+    targets take the place of those below."""
     lora_rank: Annotated[int, Field(ge=1, le=10_000)] = 32
     """Rank of the adapters."""
     lora_alpha: Positive = 64.0
