@@ -1,0 +1,206 @@
+"""Data files, other pipeline classes over the same weights, and adapters to begin with."""
+
+import json
+
+import numpy as np
+import peft
+import pytest
+import torch
+import yaml
+from conftest import read_csv
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import common
+import grpo
+from harness import data
+from harness.settings import HERE, RunArgs
+
+EDIT = ("--pipeline", "StableDiffusion3Img2ImgPipeline", "--call", "strength=0.5")
+
+
+@pytest.fixture
+def edits(tmp_path):
+    """The command line of a data file of pictures to be edited, for training and evaluation."""
+    rows = []
+    for i, prompt in enumerate(["a red circle", "a blue square", "three green triangles"]):
+        Image.new("RGB", (40, 40), (80 * i, 0, 99)).save(tmp_path / f"{i}.png")
+        rows.append({"prompt": prompt, "image": f"{i}.png", "number": i})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mine.py").write_text(
+        "def told(images, prompts, rows):\n"
+        "    assert [row['prompt'] for row in rows] == prompts and rows[0]['image'].size == (40, 40)\n"
+        "    return images.mean(dim=(1, 2, 3)) + images.new_tensor([row['number'] for row in rows])\n"
+        "def apart(images, prompts, rows):\n"
+        "    assert len(set(prompts)) == 1\n"
+        "    return (images - images.mean(dim=0)).abs().mean(dim=(1, 2, 3))\n"
+        "apart.takes_groups = True\n"
+    )
+    file = str(tmp_path / "rows.jsonl")
+    return [*EDIT, "--prompts", file, "--eval.prompts", file, "--reward", f"{tmp_path}/mine.py:told=1"]
+
+
+def test_lines_end_at_newlines_alone(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_bytes("one\u2028line\x0cof\x85 text\r\nand another\n\n".encode())
+    assert data.read_rows(path) == [{"prompt": "one\u2028line\x0cof\x85 text"}, {"prompt": "and another"}]
+
+
+def test_image_to_image_sees_its_pictures_and_rewards_their_rows(start, edits, tmp_path):
+    folder = start(grpo, *edits, "--train.train-steps", 0, 1)
+    assert "contract holds: max |log ratio| of the first call 0" in (folder / "log.txt").read_text()
+    rows = read_csv(folder / "metrics.csv")
+    assert len(rows) == 3 and 1 < float(rows[0]["eval/total"]) < 2  # numbers 0, 1 and 2, and a mean brightness
+    for picture in tmp_path.glob("*.png"):
+        Image.new("RGB", (40, 40), "white").save(picture)
+    data.picture.cache_clear()
+    other = start(grpo, *edits, "--train.max-epochs", 0, name="other")
+    assert read_csv(other / "metrics.csv")[0]["eval/image/mean"] != rows[0]["eval/image/mean"]
+
+
+def test_steps_that_image_to_image_does_not_take_are_refused(start, edits, capsys):
+    from harness import ending
+
+    with pytest.raises(SystemExit) as exit:
+        ending.start(lambda: start(grpo, *edits, "--train.train-steps", 3))
+    assert exit.value.code == 2 and "step 3 is beyond the last: this call takes 2 steps" in capsys.readouterr().err
+
+
+def test_a_reward_of_whole_groups_sees_them(start, edits, tmp_path):
+    argv = [
+        "--reward",
+        f"{tmp_path}/mine.py:apart=1",
+        "--train.per-device-batch-size",
+        2,
+        "--eval.images-per-prompt",
+        2,
+    ]
+    rows = read_csv(start(grpo, *edits, "--train.train-steps", 0, *argv, "--eval.reward", "shapes=1") / "metrics.csv")
+    assert float(rows[1]["train/reward/total"]) > 0
+
+
+@pytest.mark.parametrize(
+    "line, remedy",
+    [
+        ("[1]", 'line 2: should be an object with a text under "prompt"'),
+        ('{"image": "0.png"}', 'line 2: should be an object with a text under "prompt"'),
+        ('{"prompt": "a red circle"', "line 2: Expecting"),
+        ('{"prompt": "a red circle", "image": "nowhere.png"}', "nowhere.png is no picture"),
+        ('{"prompt": "a red circle", "image": "rows.jsonl"}', "rows.jsonl is no picture (UnidentifiedImageError)"),
+        ('{"prompt": "a red circle", "image": 3}', "line 2: image = 3 should be the path of a picture"),
+        ('{"prompt": "a red circle", "weight": -1}', "line 2: weight = -1 should be a number of at least 0"),
+        ('{"prompt": "a red circle"}', "row 2 gives the pipeline ['prompt'], unlike row 1"),
+        ('{"prompt": "a red circle", "image": "0.png", "tag": 1}', "row 2 has 'tag': the pipeline does not take it"),
+    ],
+)
+def test_rows_that_are_none_are_refused(refused, edits, tmp_path, line, remedy):
+    (tmp_path / "bad.jsonl").write_text(f'{{"prompt": "a blue square", "image": "1.png"}}\n{line}\n')
+    message = refused(*edits, "--reward", "shapes=1", "--prompts", tmp_path / "bad.jsonl")
+    assert f"error: prompts = '{tmp_path}/bad.jsonl': " in message and remedy in message
+
+
+def test_a_reward_may_ask_for_more_than_the_pipeline_takes(start, edits):
+    assert start(grpo, *edits, "--train.train-steps", 0, "--train.max-epochs", 0)  # `number` goes to the reward alone
+
+
+def test_rows_are_drawn_by_their_weights():
+    rows = [{"prompt": str(i), "weight": weight} for i, weight in enumerate((0, 1, 3))]
+    drawn = [row["prompt"] for epoch in range(1, 1001) for row in common.epoch_rows(rows, 1, 0, epoch)]
+    assert drawn.count("0") == 0 and drawn.count("2") == pytest.approx(750, abs=60)
+    assert common.epoch_rows(rows, 2, 0, 7) == common.epoch_rows(rows, 2, 0, 7)
+    assert {row["prompt"] for row in common.epoch_rows(rows, 2, 0, 7)} == {"1", "2"}  # each once, if there are enough
+
+
+def test_another_pipeline_must_be_one(refused):
+    assert "pipeline = 'AutoencoderKL': is no pipeline of diffusers" in refused("--pipeline", "AutoencoderKL")
+
+
+def test_negative_prompts_of_rows_reach_the_pipeline(make_pipe):
+    pipe, _ = make_pipe()
+    rows = [{"prompt": "a red circle", "negative_prompt": text, "weight": 2} for text in ("blue", "green")]
+    args = grpo.Args(train=grpo.TrainArgs(unique_sample_num_per_epoch=2, group_size=2, per_device_batch_size=4))
+    (call,) = common.epoch_calls(pipe, args, rows, 1)
+    assert sorted(call.kwargs["negative_prompt"]) == ["blue", "blue", "green", "green"] and "weight" not in call.kwargs
+
+
+# Adapters to begin with
+
+
+@pytest.fixture
+def adapters(make_pipe, tmp_path):
+    """A trained adapter as diffusers and as peft save it, and its parameters."""
+    pipe, policy = make_pipe()
+    state = peft.get_peft_model_state_dict(pipe.transformer)
+    config = pipe.transformer.peft_config["default"]
+    pipe.save_lora_weights(
+        tmp_path / "diffusers", transformer_lora_layers=state, transformer_lora_adapter_metadata=config.to_dict()
+    )
+    (tmp_path / "peft").mkdir()
+    prefixed = {f"base_model.model.{key}": value for key, value in state.items()}
+    save_file(prefixed, tmp_path / "peft" / "adapter_model.safetensors")
+    config.save_pretrained(tmp_path / "peft")
+    return tmp_path, policy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("saved", ["diffusers", "peft", "diffusers/pytorch_lora_weights.safetensors"])
+def test_saved_adapters_are_begun_with(adapters, dtype, saved):
+    folder, trained = adapters
+    pipe = common.load_pipeline(RunArgs.model, "cpu", dtype)
+    policy = common.trainable_parameters(pipe, grpo.Args(lora=str(folder / saved)), 0)
+    assert policy.keys() == trained.keys()
+    assert all(torch.equal(policy[name], value) for name, value in trained.items())  # not rounded to the model's dtype
+    assert pipe.transformer.peft_config["default"].lora_alpha == 64
+
+
+def test_a_configuration_names_no_module_to_import(adapters):
+    folder, _ = adapters
+    path = folder / "peft" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"megatron_config": {}, "megatron_core": "antigravity"}))
+    pipe = common.load_pipeline(RunArgs.model, "cpu", torch.float32)
+    common.trainable_parameters(pipe, grpo.Args(lora=str(folder / "peft")), 0)
+    assert pipe.transformer.peft_config["default"].megatron_core == "megatron.core"
+
+
+def test_a_key_that_fits_nothing_is_refused_by_name(adapters, capsys):
+    path = adapters[0] / "diffusers" / "pytorch_lora_weights.safetensors"
+    save_file(load_file(path) | {"transformer.nowhere.lora_A.weight": torch.ones(2, 2)}, path)
+    with pytest.raises(SystemExit) as exit:
+        common.trainable_parameters(
+            common.load_pipeline(RunArgs.model, "cpu", torch.float32), grpo.Args(lora=str(path)), 0
+        )
+    assert exit.value.code == 2 and "nowhere.lora_A.weight fits no module" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kl_reference, distance", [("base", 1), ("start", 0)])
+def test_the_kl_is_to_the_base_model_or_to_the_start(start, adapters, kl_reference, distance):
+    options = ("--lora", adapters[0] / "diffusers", "--train.kl-beta", 0.1, "--train.gradient-step-per-epoch", 1)
+    folder = start(grpo, *options, "--train.kl-reference", kl_reference, "--train.max-epochs", 1)
+    assert (float(read_csv(folder / "metrics.csv")[1]["train/kl"]) > 0) == distance
+    start(grpo, "--lora", folder / "lora", "--train.max-epochs", 0, name="again")  # what a run leaves
+
+
+@pytest.mark.parametrize(
+    "what, remedy",
+    [("nowhere", "no .safetensors file of adapters"), ("bin", "no .safetensors file"), ("empty", "cannot be read")],
+)
+def test_adapters_that_are_none_are_refused(refused, tmp_path, capsys, what, remedy):
+    path = {"nowhere": tmp_path / "nowhere", "bin": tmp_path / "a.bin", "empty": tmp_path / "a.safetensors"}[what]
+    if what != "nowhere":
+        path.touch()
+    if what == "empty":
+        with pytest.raises(SystemExit):
+            common.trainable_parameters(
+                common.load_pipeline(RunArgs.model, "cpu", torch.float32), grpo.Args(lora=str(path)), 0
+            )
+        assert remedy in capsys.readouterr().err
+    else:
+        assert remedy in refused("--lora", path)
+
+
+def test_the_recipe_of_repairs_is_whole():
+    recipe = yaml.safe_load((HERE / "docs" / "recipes" / "shapes-repair.yaml").read_text())
+    for path in (recipe["prompts"], recipe["eval"]["prompts"]):
+        rows = data.read_rows(str(HERE / path))
+        assert all(row["shows"] != row["prompt"] for row in rows)
+        assert np.asarray(data.with_pictures(rows[0])["image"]).shape == (32, 32, 3)
