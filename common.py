@@ -23,7 +23,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 import dynamics
 from harness.adapters import add_adapters
@@ -169,11 +169,13 @@ def sample(pipe, calls, dynamics_type, noise_level, sde_steps, tail_steps=None):
     """Yield the `rollout` of each Call, without computing twice what a call has in common with the one before it:
     what the text encoders make of a prompt, and from the same initial noise the steps before the first stochastic one.
     """
-    texts, tape = {}, None
+    texts, tape, start = {}, None, None
     for call in calls:
+        before, start = start, (call.rows, [g.initial_seed() for g in call.kwargs["generator"]])
         tape = rollout(
-            pipe, call.kwargs, dynamics_type, noise_level, sde_steps, call.noise, tail_steps, texts=texts, sibling=tape
-        )
+            pipe, call.kwargs, dynamics_type, noise_level, sde_steps, call.noise, tail_steps,
+            texts=texts, sibling=tape if start == before else None,
+        )  # fmt: skip
         tape.rows = call.rows
         yield tape
 
@@ -191,8 +193,8 @@ def rollout(
     tail_steps: take what is left after the last of sde_steps (everything, if there are none) by `dynamics.dpm_step`, in
         at most so many steps, evenly over that part of the schedule. None leaves it to the pipeline.
     texts: a dict that remembers what the text encoders made of the prompts, for the next call.
-    sibling: an earlier Rollout. If it had the same call from the same start, then so are its steps up to the first
-        stochastic one, and they are taken from its tape.
+    sibling: an earlier Rollout of the same call from the same start, whose steps up to the first stochastic one are
+        taken from its tape.
     """
     call = {"generator": generator, **call, "output_type": "pt", "return_dict": False}
     tape = Rollout(call=call, dynamics_type=dynamics_type, noise_level=noise_level)
@@ -200,7 +202,7 @@ def rollout(
     # guidance that is an object may have momentum: step k then depends on what the denoiser said before
     with_momentum = any(isinstance(part, diffusers.guiders.BaseGuidance) for part in pipe.components.values())
     ahead = None
-    if sde_steps and sibling is not None and min(sibling.steps) == min(sde_steps) and _alike(sibling.call, call):
+    if sde_steps and sibling is not None and min(sibling.steps) == min(sde_steps):
         ahead = _Player(sibling, min(sde_steps), sibling.steps[min(sde_steps)].x)
     recorder = _Recorder(tape, pipe, sde_steps, generator, with_momentum, ahead)
     with torch.no_grad(), autocast(pipe), _taped(pipe, recorder), remembering(pipe, texts), in_pipeline_call():
@@ -225,24 +227,6 @@ def in_pipeline_call():
     except Exception as error:
         error.in_pipeline_call = True
         raise
-
-
-def _alike(a, b):
-    """Whether two calls have the same arguments and generators with the same seeds."""
-    if a.keys() != b.keys() or not all(isinstance(call["generator"], list) for call in (a, b)):
-        return False
-    seeds = [[g.initial_seed() for g in call["generator"]] for call in (a, b)]
-    return seeds[0] == seeds[1] and all(_equal(a[key], b[key]) for key in a if key != "generator")
-
-
-def _equal(a, b):
-    """Whether two arguments are equal, tensors in them by their values."""
-    leaves, others = tree_leaves(a), tree_leaves(b)
-    same = (
-        torch.equal(x, y) if isinstance(x, torch.Tensor) else x is y or x == y
-        for x, y in zip(leaves, others, strict=False)
-    )
-    return type(a) is type(b) and len(leaves) == len(others) and all(same)
 
 
 def replay(pipe, rollout, k, x=None):

@@ -43,18 +43,19 @@ def parse_args(Args, description, argv=None):
     given = _files_named(argv)
     args, said = Args(), []
     set_by.clear()
-    trainers = get_args(fields_of(Args)["train.trainer_type"])  # the script's own, then those whose settings it takes
-    config = _read_yaml("config", given.config, trainers, said) if given.config else {}
+    known = fields_of(Args)
+    trainers = get_args(known["train.trainer_type"])  # the script's own, then those whose settings it takes
+    config = _read_yaml("config", given.config, trainers, known, said) if given.config else {}
     model = Path(str(given.model or config.get("model") or args.model))
     lowest, settings, run = model / "defaults.yaml", {}, None
     if given.resume:
         run = find_run(given.resume, given.output_dir or args.output_dir)
         lowest = run / "args.yaml"
-        settings = _read_yaml("resume", lowest, trainers, said)
+        settings = _read_yaml("resume", lowest, trainers, known, said)
         if not settings:
             refuse("--resume", str(lowest), "is empty; put back what the run wrote there")
     elif os.path.isfile(lowest):
-        settings = _read_yaml("model", lowest, trainers, said)
+        settings = _read_yaml("model", lowest, trainers, known, said)
         _check_model_settings(settings, lowest)
     merged = dataclasses.asdict(args)
     _lay_over(merged, settings, lowest)
@@ -81,7 +82,7 @@ def parse_args(Args, description, argv=None):
         if keys:
             said.append(f"from {source}: {', '.join(f'{key} {flat[key]}' for key in keys)}")
     named = {name for key in ("reward", "eval.reward") if set_by.get(key) == given.config for name in flat[key]}
-    if code := sorted({name.rpartition(":")[0] for name in named} - {""}):
+    if given.config and (code := sorted({name.rpartition(":")[0] for name in named} - {""})):
         said.append(f"note: {given.config} names rewards of {', '.join(code)}, whose code will run")
     return args, said
 
@@ -98,7 +99,7 @@ def _files_named(argv):
     return given
 
 
-def _read_yaml(key, path, trainers, said):
+def _read_yaml(key, path, trainers, known, said):
     """The settings of a YAML file, with what it says under `trainers` for one of these folded in."""
     try:
         settings = from_yaml(read_text(f"--{key}", path)) or {}
@@ -109,8 +110,13 @@ def _read_yaml(key, path, trainers, said):
     own = sections.get(chosen) or {} if isinstance(sections, dict) else None
     if not isinstance(own, dict):
         refuse(f"--{key}", str(path), "holds no mapping of keys to values")
+    if chosen != trainers[0] and isinstance(own.get("train"), dict):  # another script's section: what is unknown here
+        dropped = [name for name in own["train"] if f"train.{name}" not in known]
+        own = own | {"train": {name: value for name, value in own["train"].items() if name not in dropped}}
+        said.extend(f"note: {path} sets {name} for {chosen}, which this script does not have" for name in dropped)
     if sections and chosen is None:
-        lost = ", ".join(f"{name}: {' '.join(section.get('train', {}))}" for name, section in sections.items())
+        trains = {name: section.get("train") for name, section in sections.items() if isinstance(section, dict)}
+        lost = ", ".join(f"{name}: {' '.join(map(str, t))}" for name, t in trains.items() if isinstance(t, dict))
         said.append(
             f"note: {path} has settings of their own for trainers ({lost}), none for {trainers[0]!r}; "
             f"trainer_type: Literal[{trainers[0]!r}, {next(iter(sections))!r}] in the script takes one's"
@@ -138,7 +144,8 @@ def _check_model_settings(settings, path):
     asked = [section.get("reward") for section in (settings, evaluation)]
     asked = {name: weight for named in asked if isinstance(named, dict) for name, weight in named.items()}
     with refusing("reward", f"{asked} (from {path})"):
-        rewards.check_untrusted(asked, settings.get("reward_options") or {})
+        options = settings.get("reward_options")
+        rewards.check_untrusted(asked, options if isinstance(options, dict) else {})
     for section in (settings, evaluation):
         if section.get("prompts"):
             section["prompts"] = os.path.relpath(path.parent / str(section["prompts"]))

@@ -187,7 +187,8 @@ class Checkpoint:
             (new / "state.json").write_text(json.dumps(state))
             sums = "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(new.iterdir()))
             (new / "SHA256SUMS").write_text(sums)
-        for old in checkpoints(run.folder)[: -run.args.keep_checkpoints]:
+        found = checkpoints(run.folder)
+        for old in found[: found.index(folder) + 1][: -run.args.keep_checkpoints]:  # a later one is damaged
             shutil.rmtree(old.rename(old.with_suffix(".tmp")))
 
     def load(self, evaluate):

@@ -6,6 +6,7 @@ them. `refuse` ends a script with one line that names the key, the value and wha
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from typing import Annotated, NoReturn, Union
 import tyro
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from torch.utils._pytree import tree_leaves
 
 MAY_CHANGE = "may change on --resume"
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
@@ -93,7 +95,7 @@ def from_yaml(text):
     """What a YAML text says. Raises ValueError where it is none."""
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError, UnicodeError) as error:
+    except (yaml.YAMLError, RecursionError, UnicodeError, LookupError, AttributeError) as error:  # as of !!bool x
         raise ValueError(str(error).replace(' in "<unicode string>",', " at")) from error
 
 
@@ -103,14 +105,21 @@ BOUNDS = {"ge": "must be at least {}", "gt": "must be above {}", "le": "must be 
 def validated(cls, settings):
     """An instance of a dataclass from nested settings; refuses the first that is unknown, of a wrong type or size."""
     try:
-        return TypeAdapter(cls).validate_python(settings)
+        args = TypeAdapter(cls).validate_python(settings)
+        for key, value in flatten(args).items():
+            given = functools.reduce(dict.get, key.split("."), settings)
+            given_switches, switches = ([type(leaf) is bool for leaf in tree_leaves(v)] for v in (given, value))
+            if given_switches != switches:
+                refuse(key, given, "true and false are for on-off settings, which take nothing else")
+        return args
     except ValidationError as error:
         found = error.errors()[0]
     path, kinds = [], fields_of(cls)
     for name in found["loc"]:  # what follows a field's name is the part of its type that did not fit
         if ".".join(path) not in kinds:
             path.append(str(name))
-    key, value = ".".join(path), found["input"]
+    key = ".".join(path)
+    value = functools.reduce(dict.get, path, settings) if key in kinds else found["input"]
     if "unexpected" in found["type"]:
         *section, name = path
         here = [f for f in kinds if f.split(".")[:-1] == section]
@@ -119,7 +128,7 @@ def validated(cls, settings):
         hint = "write a section as a mapping of its own, not with a dot" if "." in name else hint
         refuse(key, value, f"unknown key; {hint}")
     bounds = [words.format(found["ctx"][name]) for name, words in BOUNDS.items() if name in found.get("ctx", ())]
-    if value is None:
+    if found["input"] is None:
         bounds = ["cannot be null; leave it out, or give it a value"]
     words = found["msg"].replace("Input should", "should").replace("a dictionary or an instance of", "a mapping, as of")
     refuse(key, value, (*bounds, words)[0])

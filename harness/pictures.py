@@ -29,10 +29,10 @@ def save_grid(path, shown, prompts, totals, base=None):
         axis = 1 if frames == 1 else 0
         line = np.full_like(strips[0].take(range(GAP), axis), 255)
         tiles.append(np.concatenate([strips[0], *(part for strip in strips[1:] for part in (line, strip))], axis))
-        before = "" if base is None else f"base {base[1][i]:.3g}{' | ' if frames == 1 else ', below '}"
-        captions.append(f"{before}{'base' if base is None else 'policy'} {totals[i]:.3g}")
+        before = "" if base is None else f"base {base[1][i]:.3g}{' | ' if frames == 1 else ', below '}policy "
+        captions.append(f"{before}{totals[i]:.3g}")
     height, width = tiles[0].shape[:2]
-    columns = min(max(1, 8 * side * scale // width), len(tiles))
+    columns = min(max(1, 8 * side * scale // (width - GAP)), len(tiles))
     rows = -(-len(tiles) // columns)
     sheet = Image.new("RGB", (columns * (width + 8), rows * (height + 44)), "white")
     draw = ImageDraw.Draw(sheet)

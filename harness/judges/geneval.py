@@ -114,7 +114,7 @@ def parse(prompt):
     first |= {"color": colour} if colour else {}
     second |= {"color": other_colour} if other_colour else {}
     if link in RELATIONS:
-        return {"include": [second, first | {"position": (link, 0)}]}
+        return {"include": [second, first | {"position": [link, 0]}]}
     return {"include": [first, second] if link else [first]}
 
 
