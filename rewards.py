@@ -20,11 +20,11 @@ import inspect
 import re
 import sys
 import traceback
-import types
 from pathlib import Path
-from typing import Annotated, Literal, Union, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from harness.judges import clip, geneval, imagereward, ocr, vlm
 from harness.judges.weights import Model, encode, in_batches, to_bytes
@@ -147,7 +147,7 @@ def check_untrusted(weights, options):
     for name in weights:
         if name not in REWARDS or name in SENDS_IMAGES:
             raise ValueError(f"a model folder may not ask for the reward {name!r}, which is code or sends images away")
-    for key, value in options.items():
+    for key, value in options.items() if isinstance(options, dict) else ():  # another type sets nothing
         name, _, option = str(key).rpartition(".")
         takes = inspect.signature(REWARDS[name]).parameters if name in REWARDS else {}
         kind = takes[option].annotation if option in takes else None
@@ -184,15 +184,11 @@ def _wrong_option(weights, key, value):
 
 def fits(value, kind):
     """Whether a value read from YAML is of an annotated type."""
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return value in parts
-    if origin in (Union, types.UnionType):
-        return any(fits(value, part) for part in parts)
-    if origin is Annotated:
-        return fits(value, parts[0])
-    kinds = (int, float) if kind is float else origin or kind
-    return isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
+    try:
+        TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
 
 
 def make_reward(weights, device, options=None, group_size=None):

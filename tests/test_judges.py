@@ -1,11 +1,14 @@
-"""The rewards by another model: text by OCR, GenEval's rules by a detector and CLIP, a model behind a server."""
+"""Rewards by a network: CLIP's, ImageReward, text by OCR, GenEval's rules by a detector and CLIP, a server's model.
+
+The networks are small and random, in the format of the published ones.
+"""
 
 import base64
-import importlib.util
 import io
 import json
 import math
 import shutil
+import string
 import threading
 import time
 from collections import Counter, defaultdict
@@ -14,88 +17,409 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiny_pipelines
+import safetensors.torch
 import torch
+import torch.nn.functional as F
 import transformers
+import yaml
+from conftest import read_csv
 from PIL import Image, ImageDraw, ImageFont
-from tokenizers.processors import TemplateProcessing
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-import rewards
-from rewards import Detection
+import grpo
+import grpo_guard
+import nft
+from harness.judges import clip, geneval, imagereward, ocr, vlm
+from rewards import REWARDS, RewardError, check_rewards, make_reward
+
+SIZE, LIMIT = 32, 29  # pixels a side and tokens of the small models
+PROMPTS = ["red", "a blue square", "two", "a very long prompt of many letters"]
+BY_A_MODEL = ("pickscore", "clipscore", "hpsv2", "aesthetic", "imagereward")
 
 
-def tensor(picture):
-    """A picture as a batch of one: (1, 3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+@pytest.fixture
+def images():
+    """Four images of the small models' own size, in 8-bit steps, so that a processor changes nothing but the scale."""
+    return torch.randint(0, 256, (4, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0)) / 255
+
+
+def to_pil(images):
+    return [Image.fromarray(image) for image in (images * 255).round().byte().permute(0, 2, 3, 1).numpy()]
+
+
+# ------------------------------------------------------------------------------------------------ small models
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A CLIP that reads letters, with its tokenizer and image processor."""
+    folder = tmp_path_factory.mktemp("clip")
+    letters = string.ascii_lowercase + "-"
+    names = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[]).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE).save_pretrained(folder)
+    shared = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    special = dict(vocab_size=len(names), bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    text, vision = dict(max_position_embeddings=LIMIT, **special), dict(image_size=SIZE, patch_size=8)
+    model = CLIPModel(
+        transformers.CLIPConfig(text_config=text | shared, vision_config=vision | shared, projection_dim=8)
+    )
+    torch.manual_seed(0)
+    for parameter in model.parameters():  # large enough for the outputs to depend on the inputs
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def head(prefix, width):
+    """The linear layers of the aesthetic predictor and of ImageReward."""
+    torch.manual_seed(1)
+    weights = {}
+    for name, size in zip((0, 2, 4, 6, 7), (1024, 128, 64, 16, 1), strict=True):
+        weights |= {f"{prefix}{name}.weight": torch.randn(size, width) / width**0.5}
+        weights |= {f"{prefix}{name}.bias": torch.randn(size)}
+        width = size
+    return weights
+
+
+@pytest.fixture(scope="session")
+def head_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("head") / "head.pth"
+    torch.save(head("layers.", 8), path)
+    return path
+
+
+class Blip:
+    """ImageReward written out by the names of its checkpoint, in salesforce/BLIP's layout; draws weights as it goes."""
+
+    wide, width, heads = 128, 32, (2, 4)  # of the vision encoder and the text encoder
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "square", "two", "very", "long", "of"]
+
+    def __init__(self):
+        self.weights = head("mlp.layers.", self.width)
+
+    def draw(self, name, *shape, scale=1.0):
+        name = f"blip.{name}"
+        if name not in self.weights:
+            self.weights[name] = scale * torch.randn(shape)
+        return self.weights[name]
+
+    def linear(self, x, name, size):
+        return F.linear(x, self.draw(f"{name}.weight", size, x.shape[-1], scale=0.3), self.draw(f"{name}.bias", size))
+
+    def norm(self, x, name, eps):
+        size = x.shape[-1:]
+        return F.layer_norm(x, size, self.draw(f"{name}.weight", *size), self.draw(f"{name}.bias", *size), eps)
+
+    def attend(self, q, k, v, heads):
+        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+        return ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    def see(self, pixels):
+        """(1, 3, SIZE, SIZE) -> (1, patches + 1, wide)."""
+        eye, wide = "visual_encoder", self.wide
+        kernel = self.draw(f"{eye}.patch_embed.proj.weight", wide, 3, 16, 16, scale=1 / 16)
+        bias = self.draw(f"{eye}.patch_embed.proj.bias", wide)
+        x = F.conv2d(pixels, kernel, bias, stride=16).flatten(2).mT
+        x = torch.cat([self.draw(f"{eye}.cls_token", 1, 1, wide), x], dim=1)
+        x = x + self.draw(f"{eye}.pos_embed", 1, x.shape[1], wide)
+        for block in (f"{eye}.blocks.0", f"{eye}.blocks.1"):
+            q, k, v = self.linear(self.norm(x, f"{block}.norm1", 1e-6), f"{block}.attn.qkv", 3 * wide).chunk(3, dim=-1)
+            x = x + self.linear(self.attend(q, k, v, self.heads[0]), f"{block}.attn.proj", wide)
+            hidden = F.gelu(self.linear(self.norm(x, f"{block}.norm2", 1e-6), f"{block}.mlp.fc1", 4 * wide))
+            x = x + self.linear(hidden, f"{block}.mlp.fc2", wide)
+        return self.norm(x, f"{eye}.norm", 1e-6)
+
+    def score(self, pixels, words):
+        """pixels: (1, 3, SIZE, SIZE) as the network takes them; words: token ids."""
+        seen, width, embeddings = self.see(pixels), self.width, "text_encoder.embeddings"
+        x = self.draw(f"{embeddings}.word_embeddings.weight", len(self.words), width)[words]
+        x = x + self.draw(f"{embeddings}.position_embeddings.weight", 40, width)[: len(words)]
+        x = self.norm(x[None], f"{embeddings}.LayerNorm", 1e-12)
+        for layer in ("text_encoder.encoder.layer.0", "text_encoder.encoder.layer.1"):
+            for name, source in ((f"{layer}.attention", None), (f"{layer}.crossattention", seen)):
+                source = x if source is None else source
+                q = self.linear(x, f"{name}.self.query", width)
+                k, v = (self.linear(source, f"{name}.self.{part}", width) for part in ("key", "value"))
+                attended = self.linear(self.attend(q, k, v, self.heads[1]), f"{name}.output.dense", width)
+                x = self.norm(x + attended, f"{name}.output.LayerNorm", 1e-12)
+            hidden = F.gelu(self.linear(x, f"{layer}.intermediate.dense", 48))
+            x = self.norm(x + self.linear(hidden, f"{layer}.output.dense", width), f"{layer}.output.LayerNorm", 1e-12)
+        x = x[0, 0]
+        for name in (0, 2, 4, 6, 7):
+            x = F.linear(x, self.weights[f"mlp.layers.{name}.weight"], self.weights[f"mlp.layers.{name}.bias"])
+        return (x.item() - 0.16717362830052426) / 1.0333394966054072
+
+
+@pytest.fixture(scope="session")
+def imagereward_model(tmp_path_factory):
+    """(folder, Blip): its weights in the layout of THUDM/ImageReward, and a BERT tokenizer."""
+    folder, model = tmp_path_factory.mktemp("imagereward"), Blip()
+    transformers.BertTokenizer(vocab={word: i for i, word in enumerate(model.words)}).save_pretrained(folder)
+    med = dict(
+        vocab_size=len(model.words), hidden_size=model.width, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=model.heads[1], max_position_embeddings=40, hidden_act="gelu", layer_norm_eps=1e-12,
+        pad_token_id=0, model_type="bert", architectures=["BertModel"], add_cross_attention=True, encoder_width=768,
+    )  # fmt: skip
+    (folder / "med_config.json").write_text(json.dumps(med))
+    model.score(torch.zeros(1, 3, SIZE, SIZE), [0])
+    model.draw("text_encoder.embeddings.position_ids", 1, 40)
+    model.draw("vision_proj.weight", 8, model.wide)  # in the checkpoint and not used
+    torch.save(model.weights, folder / "ImageReward.pt")
+    return folder, model
+
+
+@pytest.fixture
+def options_of(request):
+    """options_of(name): the command line's options for a reward by a small model."""
+
+    def options(name):
+        if name == "imagereward":
+            folder = str(request.getfixturevalue("imagereward_model")[0])
+            return {"imagereward.model": folder, "imagereward.tokenizer": folder}
+        options = {f"{name}.model": str(request.getfixturevalue("clip_folder"))}
+        if name == "aesthetic":
+            options["aesthetic.head"] = str(request.getfixturevalue("head_file"))
+        return options
+
+    return options
+
+
+# ------------------------------------------------------------------------------------------------ CLIP, ImageReward
+
+
+@pytest.mark.parametrize("name", BY_A_MODEL)
+def test_scores_are_one_number_an_image_whatever_the_batch(options_of, images, name):
+    def score(batch_size, images=images, prompts=PROMPTS, **more):
+        options = options_of(name) | {f"{name}.batch_size": batch_size} | more
+        return make_reward({name: 2.0}, "cpu", options)(images, prompts)
+
+    scores = score(4)
+    assert scores[name].shape == (4,) and scores[name].dtype == torch.float32
+    assert torch.equal(scores["total"], 2 * scores[name])
+    assert scores[name].std() > 1e-3
+    assert torch.equal(score(4)[name], scores[name])
+    for batch_size in (1, 3):
+        assert torch.allclose(score(batch_size)[name], scores[name], atol=1e-5)
+    assert torch.allclose(score(3, images.flip(0), PROMPTS[::-1])[name].flip(0), scores[name], atol=1e-5)
+    same = torch.isclose(scores[name], score(4, prompts=["blue"] * 4)[name], atol=1e-4)
+    assert same.tolist() == [name == "aesthetic"] * 4  # which alone ignores the prompt
+    rough = score(4, **{f"{name}.dtype": "bfloat16"})[name]
+    assert rough.dtype == torch.float32
+    assert 0 < (rough - scores[name]).abs().max() < 0.15 * scores[name].abs().max()
+    options = {key.partition(".")[2]: value for key, value in options_of(name).items()}
+    assert not REWARDS[name]("cpu", **options)(images.requires_grad_(), PROMPTS).requires_grad
+
+
+def test_the_models_are_frozen(clip_folder, imagereward_model):
+    folder, model = imagereward_model
+    for network in (*imagereward.blip(str(folder), model.weights), clip.Clip("cpu", str(clip_folder)).model):
+        assert not network.training and not any(parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", BY_A_MODEL)
+def test_a_reward_on_a_device_of_its_own(options_of, images, name):
+    there = make_reward({name: 1.0}, "cpu", options_of(name) | {f"{name}.device": "cuda"})(images, PROMPTS)
+    here = make_reward({name: 1.0}, "cpu", options_of(name))(images, PROMPTS)
+    assert there["total"].device == images.device
+    assert torch.allclose(there[name], here[name], atol=1e-2 * here[name].abs().max())
+    on_gpu = make_reward({name: 1.0}, "cuda", options_of(name))(images.cuda(), PROMPTS)
+    assert on_gpu["total"].is_cuda and torch.allclose(on_gpu[name].cpu(), there[name], atol=1e-4)
+
+
+def test_clip_scores_are_those_of_the_model_itself(clip_folder, head_file, images, options_of):
+    model = CLIPModel.from_pretrained(clip_folder)
+    tokens = CLIPTokenizer.from_pretrained(clip_folder)(
+        PROMPTS, padding="max_length", max_length=LIMIT, truncation=True, return_tensors="pt"
+    )
+    assert tokens.input_ids[3, -1] == 1 and (tokens.input_ids[3, :-1] != 1).all()  # too long, and cut off
+    pixels = CLIPImageProcessorPil.from_pretrained(clip_folder)(to_pil(images), return_tensors="pt")
+    with torch.no_grad():
+        out = model(**tokens, **pixels)
+    names = ("pickscore", "clipscore", "hpsv2", "aesthetic")
+    options = {key: value for name in names for key, value in options_of(name).items()}
+    scores = make_reward(dict.fromkeys(names, 1.0), "cpu", options)(images, PROMPTS)
+    scaled = out.logits_per_image.diagonal()
+    assert torch.allclose(scores["pickscore"], scaled, atol=1e-4)
+    for name in ("clipscore", "hpsv2"):
+        assert torch.allclose(scores[name], scaled / model.logit_scale.exp(), atol=1e-5)
+        assert scores[name].abs().max() <= 1
+    x = out.image_embeds
+    layers = list(torch.load(head_file).values())
+    for weight, bias in zip(layers[::2], layers[1::2], strict=True):
+        x = x @ weight.T + bias
+    assert torch.allclose(scores["aesthetic"], x[:, 0], atol=1e-4)
+    divided = make_reward({"pickscore": 1.0}, "cpu", options_of("pickscore") | {"pickscore.divide_by": 26})
+    assert torch.allclose(divided(images, PROMPTS)["pickscore"], scaled / 26, atol=1e-5)
+
+
+def test_the_aesthetic_head_from_safetensors_and_from_a_folder(clip_folder, head_file, images, tmp_path):
+    safetensors.torch.save_file(torch.load(head_file), tmp_path / "head.safetensors")
+    (tmp_path / "aesthetic-model.pth").write_bytes(head_file.read_bytes())
+    scores = [
+        clip.aesthetic("cpu", head=str(head), model=str(clip_folder))(images, PROMPTS)
+        for head in (head_file, tmp_path / "head.safetensors", tmp_path)
+    ]
+    assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
+    torch.save({"layers.0.weight": SimpleNamespace()}, tmp_path / "pickle.pth")
+    with pytest.raises(Exception, match="Weights only load failed"):  # of anything but tensors, which may be code
+        clip.aesthetic("cpu", head=str(tmp_path / "pickle.pth"), model=str(clip_folder))
+
+
+def test_imagereward_is_what_its_checkpoint_says(imagereward_model, images, options_of):
+    folder, model = imagereward_model
+    tokenizer = transformers.BertTokenizer.from_pretrained(folder)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
+    pixels = processor(to_pil(images), return_tensors="pt")["pixel_values"]
+    prompts = ["red", "a blue square", "two red", " ".join(["a very long"] * 20)]
+    expected = []
+    for i, prompt in enumerate(prompts):
+        words = tokenizer(prompt).input_ids
+        words = words if len(words) <= 35 else [*words[:34], words[-1]]
+        expected.append(model.score(pixels[i : i + 1], words))
+    scores = make_reward({"imagereward": 1.0}, "cpu", options_of("imagereward"))(images, prompts)
+    assert torch.allclose(scores["imagereward"], torch.tensor(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (24, 40), (97, 61), (256, 512), (30, 31)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(size={"shortest_edge": 32}, crop_size=32),
+        dict(size={"shortest_edge": 40}, crop_size=(32, 28), image_mean=(0.5, 0.4, 0.3), image_std=(0.2, 0.3, 0.4)),
+        dict(size={"height": 36, "width": 28}, crop_size=16, do_center_crop=False),
+    ],
+)
+def test_preprocessing_is_that_of_the_image_processor(height, width, settings):
+    torch.manual_seed(0)
+    smooth = F.interpolate(torch.rand(2, 3, 9, 9), (height, width), mode="bilinear")
+    images = (smooth + 0.1 * torch.randn(2, 3, height, width)).clamp(0, 1).mul(255).round() / 255
+    processor = CLIPImageProcessorPil(**settings)
+    expected = processor(to_pil(images), return_tensors="pt")["pixel_values"]
+    difference = (clip.preprocess(images, processor) - expected).abs().mean(dim=(0, 2, 3))
+    levels = difference * torch.tensor(processor.image_std) * 255
+    assert levels.max() < 0.02  # of 255: PIL's weights are rounded, so that now and then a pixel is one level off
+
+
+def test_a_model_that_lacks_weights_is_refused(clip_folder, tmp_path):
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    del weights["text_projection.weight"]
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit, match="'clipscore' cannot be made: .* text_projection.weight is missing"):
+        make_reward({"clipscore": 1.0}, "cpu", {"clipscore.model": str(folder)})
+
+
+@pytest.mark.parametrize(
+    "name, broken, complaint",
+    [
+        ("aesthetic", "aesthetic.head", "the weights have no layers"),
+        ("imagereward", "imagereward.model", "the weights have no blip.visual_encoder"),
+        ("clipscore", "clipscore.model", "cannot be made"),
+    ],
+)
+def test_files_that_hold_something_else_are_named(options_of, tmp_path, name, broken, complaint):
+    for file in ("aesthetic-model.pth", "ImageReward.pt"):
+        torch.save({"other": torch.zeros(1)}, tmp_path / file)
+    with pytest.raises(SystemExit, match=f"reward '{name}' .*{complaint}"):
+        make_reward({name: 1.0}, "cpu", options_of(name) | {broken: str(tmp_path)})
+
+
+@pytest.mark.parametrize("name", BY_A_MODEL)
+def test_a_hub_that_cannot_be_reached_gives_one_line(name):
+    with pytest.raises(SystemExit, match=f"^error: reward '{name}' cannot be made: [^\n]*$"):
+        make_reward({name: 1.0}, "cpu")
+
+
+def test_the_default_processor_is_the_models_own_where_it_has_one(monkeypatch):
+    asked = []
+    monkeypatch.setattr(CLIPModel, "from_pretrained", lambda *_, **__: (torch.nn.Linear(1, 1), {"missing_keys": set()}))
+    for kind in (CLIPTokenizer, CLIPImageProcessorPil):
+        monkeypatch.setattr(kind, "from_pretrained", lambda where: asked.append(where))
+    for options in ({}, {"clipscore.model": "a/b"}, {"clipscore.model": "a/b", "clipscore.processor": "c/d"}):
+        make_reward({"clipscore": 1.0}, "cpu", options)
+    make_reward({"hpsv2": 1.0}, "cpu")
+    expected = ["openai/clip-vit-large-patch14", "a/b", "c/d", "openai/clip-vit-base-patch32"]
+    assert asked == [where for where in expected for _ in range(2)]
+
+
+@pytest.mark.parametrize("script", [grpo, grpo_guard, nft], ids=lambda script: script.__name__)
+def test_a_run_with_a_model_and_a_users_reward(start, clip_folder, tmp_path, script):
+    (tmp_path / "mine.py").write_text("def brightness(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
+    rewarded = ["--reward", "pickscore=1", f"{tmp_path}/mine.py:brightness=0.5"]
+    options = ["--reward-options", f"pickscore.model={clip_folder}", "pickscore.batch_size=3"]
+    folder = start(script, *rewarded, *options)
+    rows = read_csv(folder / "metrics.csv")
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    for row, kind in ((rows[0], "eval"), (rows[1], "train/reward"), (rows[2], "eval")):
+        pick, bright = float(row[f"{kind}/pickscore"]), float(row[f"{kind}/{tmp_path}/mine.py:brightness"])
+        assert np.isclose(float(row[f"{kind}/total"]), pick + 0.5 * bright, rtol=1e-4)
+    settings = yaml.safe_load((folder / "args.yaml").read_text())["reward_options"]
+    assert settings == {"pickscore.model": str(clip_folder), "pickscore.batch_size": 3}
+    if script is grpo:  # the same options from a file
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump({"reward_options": settings}))
+        again = start(script, *rewarded, "--config", tmp_path / "run.yaml", "--train.max-epochs", 0, name="again")
+        assert read_csv(again / "metrics.csv")[0]["eval/total"] == rows[0]["eval/total"]
 
 
 # ------------------------------------------------------------------------------------------------ ocr
 
+WORDS = ["HELLO", "stop", "Flow", "Open 24"]
+
 
 @pytest.fixture(scope="module")
-def ocr():
+def read():
     pytest.importorskip("rapidocr_onnxruntime")
-    return rewards.ocr("cpu")
+    return ocr.ocr("cpu")
 
 
-def written(text, side, colour="black"):
-    """A white image with the text as wide as four fifths of it."""
+def written(text, side):
+    """(1, 3, side, side): the text in black on white, as wide as four fifths of it."""
     picture = Image.new("RGB", (side, side), "white")
     draw = ImageDraw.Draw(picture)
     size = next(n for n in range(side, 0, -1) if draw.textlength(text, font=ImageFont.load_default(n)) < 0.8 * side)
-    draw.text((side / 2, side / 2), text, fill=colour, font=ImageFont.load_default(size), anchor="mm")
-    return tensor(picture)
+    draw.text((side / 2, side / 2), text, fill="black", font=ImageFont.load_default(size), anchor="mm")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
 
 
 @pytest.mark.parametrize("side", [48, 64, 128, 256])
-def test_clean_words_are_read(ocr, side):
-    words = ["HELLO", "stop", "Flow", "Open 24"]
-    images = torch.cat([written(word, side) for word in words])
-    right = ocr(images, [f"a sign that says '{word}'" for word in words])
+def test_clean_words_are_read(read, side):
+    images = torch.cat([written(word, side) for word in WORDS])
+    right = read(images, [f"a sign that says '{word}'" for word in WORDS])
     assert right.shape == (4,) and right.tolist() == [1, 1, 1, 1]
-    assert (ocr(images, ['a sign that says "zigzag"'] * 4) <= 0.2).all()  # another word: what letters they share
-    assert ocr(images[1:2], ["a sign that says 'stops'"]).item() == pytest.approx(0.8)  # one letter of five is missing
+    assert (read(images, ['a sign that says "zigzag"'] * 4) <= 0.2).all()  # another word: what letters they share
+    assert read(images[1:2], ["a sign that says 'stops'"]).item() == pytest.approx(0.8)  # one letter of five is missing
 
 
-def test_an_image_without_text_scores_0(ocr):
-    images = torch.stack([torch.zeros(3, 64, 64), torch.ones(3, 64, 64), torch.full((3, 64, 64), 0.5)])
-    assert ocr(images, ["'hello'"] * 3).tolist() == [0, 0, 0]
-
-
-def test_noise_lowers_the_reading(ocr):
-    words = ["HELLO", "stop", "Flow", "Open 24"]
-    images, prompts = torch.cat([written(word, 128) for word in words]), [f"'{word}'" for word in words]
+def test_noise_lowers_the_reading_and_no_text_scores_0(read):
+    images, prompts = torch.cat([written(word, 128) for word in WORDS]), [f"'{word}'" for word in WORDS]
     generator = torch.Generator().manual_seed(0)
     share, noise = torch.rand(4, 1, 128, 128, generator=generator), torch.rand(4, 3, 128, 128, generator=generator)
-    means = [ocr(torch.where(share < amount, noise, images), prompts).mean().item() for amount in (0, 0.4, 0.9)]
+    means = [read(torch.where(share < amount, noise, images), prompts).mean().item() for amount in (0, 0.4, 0.9)]
     assert means[0] > means[1] > means[2] == 0
+    plain = torch.tensor([0.0, 1.0, 0.5, 0.2])[:, None, None, None].expand(4, 3, 64, 64)
+    assert read(plain, prompts).tolist() == [0, 0, 0, 0]
 
 
-def test_small_images_are_enlarged_for_reading(ocr):
+def test_small_images_are_enlarged_for_reading(read):
     images, prompts = torch.cat([written("coffee", 32), written("Flow", 32)]), ["'coffee'", "'Flow'"]
-    assert ocr(images, prompts).mean() > rewards.ocr("cpu", side=32)(images, prompts).mean()
-    wide = torch.nn.functional.pad(written("Flow", 48), (24, 24), value=1)  # any shape
-    assert ocr(wide, ["'Flow'"]).item() == 1
+    assert read(images, prompts).mean() > ocr.ocr("cpu", side=32)(images, prompts).mean()
+    assert read(F.pad(written("Flow", 48), (24, 24), value=1), ["'Flow'"]).item() == 1  # any shape
 
 
-def test_red_is_not_read_as_blue(ocr, monkeypatch):
+def test_red_is_not_read_as_blue(read, monkeypatch):
     import rapidocr_onnxruntime
 
     seen = []
     monkeypatch.setattr(rapidocr_onnxruntime.RapidOCR, "__call__", lambda self, image, **_: (seen.append(image), None))
-    rewards.ocr("cpu")(torch.tensor([1.0, 0.5, 0.0])[None, :, None, None].expand(1, 3, 128, 128), ["'a'"])
+    read(torch.tensor([1.0, 0.5, 0.0])[None, :, None, None].expand(1, 3, 128, 128), ["'a'"])
     assert seen[0][0, 0].tolist() == [0, 128, 255]  # the reader takes BGR
 
 
-def test_a_missing_reader_is_named(monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "ocr" in name else find_spec(name))
-    with pytest.raises(ValueError, match="pip install rapidocr_onnxruntime"):
-        rewards.check_rewards({"ocr": 1.0}, ["a sign that says 'Open'"])
-
-
 @pytest.mark.parametrize(
-    ("prompt", "text"),
+    "prompt, text",
     [
         ('a sign that says "Open"', "Open"),
         ("a sign that says 'Open'", "Open"),
@@ -105,236 +429,170 @@ def test_a_missing_reader_is_named(monkeypatch):
         ("the dog’s sign says ‘don’t stop’", "don’t stop"),
         ("\"It's 'late'\" on a clock", "It's 'late'"),
         ('"Hello" above "World"', "Hello World"),
+        *((prompt, None) for prompt in ("a red circle", "the dog's bowl", 'an empty "" quote', 'a "  " blank')),
     ],
 )
-def test_the_quoted_text_of_a_prompt(prompt, text):
-    assert rewards.quoted_text(prompt) == text
+def test_the_quoted_text_of_a_prompt_without_which_it_is_refused(prompt, text):
+    if text:
+        assert ocr.quoted_text(prompt) == text
+    else:
+        with pytest.raises(ValueError, match="needs the text in quotes"):
+            check_rewards({"ocr": 1.0}, ["a 'good' one", prompt])
 
 
-@pytest.mark.parametrize("prompt", ["a red circle", "the dog's bowl", 'an empty "" quote', 'a "  " blank'])
-def test_a_prompt_without_quotes_is_refused_before_anything_is_loaded(prompt):
-    with pytest.raises(ValueError, match="needs the text in quotes"):
-        rewards.check_rewards({"ocr": 1.0}, ["a 'good' one", prompt])
-    rewards.check_rewards({"ocr": 1.0}, ["a 'good' one"])
+@pytest.mark.parametrize(
+    "text, reading, score",
+    [
+        *[("Open 24", "open24", 1), ("Hello World", "HELLO\nWORLD", 1), ("open", "the shop is open today", 1)],
+        *[("open", "oqen", 0.75), ("open", "", 0), ("open", "a long and other text", 0)],  # never below
+        *[("sitting", "kitten", 4 / 7), ("flaw", "lawn", 0.5)],  # 3 and 2 edits
+    ],
+)
+def test_the_score_of_a_reading(text, reading, score):
+    assert ocr.text_score(text, reading) == pytest.approx(score)
 
 
-def test_the_score_of_a_reading():
-    assert rewards.text_score("Open 24", "open24") == 1
-    assert rewards.text_score("Hello World", "HELLO\nWORLD") == 1
-    assert rewards.text_score("open", "the shop is open today") == 1
-    assert rewards.text_score("open", "oqen") == 0.75
-    assert rewards.text_score("open", "") == 0
-    assert rewards.text_score("open", "a long and other text") == 0  # never below
+# ------------------------------------------------------------------------------------------------ geneval
+
+COUNTS = [("two", 2), ("three", 3), ("four", 4)]
 
 
-def test_edit_distance():
-    assert rewards.edit_distance("kitten", "sitting") == 3
-    assert rewards.edit_distance("flaw", "lawn") == 2
-    assert rewards.edit_distance("", "abc") == rewards.edit_distance("abc", "") == 3
-    assert rewards.edit_distance("abc", "abc") == 0
+def a(thing):
+    return f"an {thing}" if thing[0] in "aeiou" else f"a {thing}"
 
 
-# ------------------------------------------------------------------------------------------------ geneval: prompts
-
-
-def prompt_of(metadata):
-    """The prompt that GenEval writes for its metadata; the inverse of `parse_geneval`."""
-
-    def thing(clause):
-        words = " ".join(filter(None, (clause.get("color"), clause["class"])))
-        return f"an {words}" if words[0] in "aeiou" else f"a {words}"
-
-    first, *rest = metadata["include"]
-    if "exclude" in metadata:
-        plural = first["class"] + ("es" if first["class"].endswith("s") else "s")
-        return f"a photo of {dict(zip(range(2, 5), ('two', 'three', 'four'), strict=True))[first['count']]} {plural}"
-    if rest and "position" in rest[0]:
-        return f"a photo of {thing(rest[0])} {rest[0]['position'][0]} {thing(first)}"
-    return "a photo of " + " and ".join(map(thing, metadata["include"]))
-
-
-def test_the_metadata_of_the_six_kinds():
-    parse = rewards.parse_geneval
-    assert parse("a photo of a bench") == {"include": [{"class": "bench", "count": 1}]}
-    assert parse("a photo of two clocks") == {
-        "include": [{"class": "clock", "count": 2}],
-        "exclude": [{"class": "clock", "count": 3}],
-    }
-    assert parse("a photo of a cat and a dog") == {
-        "include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1}]
-    }
-    assert parse("a photo of a red car") == {"include": [{"class": "car", "count": 1, "color": "red"}]}
-    assert parse("a photo of a dog left of a cat") == {
-        "include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ("left of", 0)}]
-    }
-    assert parse("a photo of a red car and a blue bench") == {
-        "include": [{"class": "car", "count": 1, "color": "red"}, {"class": "bench", "count": 1, "color": "blue"}]
-    }
-
-
-def test_every_class_colour_number_and_relation_survives_the_way_to_a_prompt_and_back():
-    assert len(set(rewards.OBJECTS)) == 80
-    count = len(rewards.OBJECTS)
-    for i, name in enumerate(rewards.OBJECTS):
-        colour, other_colour = (rewards.GENEVAL_COLOURS[(i + n) % 10] for n in (0, 3))
-        one, number = {"class": name, "count": 1}, 2 + i % 3
-        other = {"class": rewards.OBJECTS[(i + 7) % count], "count": 1}
-        for metadata in (
-            {"include": [one]},
-            {"include": [one, other]},
-            {"include": [one | {"count": number}], "exclude": [one | {"count": number + 1}]},
-            {"include": [one | {"color": colour}]},
-            {"include": [one, other | {"position": (rewards.RELATIONS[i % 4], 0)}]},
-            {"include": [one | {"color": colour}, other | {"color": other_colour}]},
-        ):
-            assert rewards.parse_geneval(prompt_of(metadata)) == metadata
+def test_every_class_colour_number_and_relation_is_read_from_its_prompt_or_from_its_row():
+    objects, colours = geneval.OBJECTS, geneval.COLOURS
+    assert len(set(objects)) == 80
+    for i, (name, beside) in enumerate(zip(objects, objects[7:] + objects[:7], strict=True)):
+        red, blue, place, (number, n) = colours[i % 10], colours[(i + 3) % 10], geneval.RELATIONS[i % 4], COUNTS[i % 3]
+        one, other = {"class": name, "count": 1}, {"class": beside, "count": 1}
+        plural = name + ("es" if name.endswith("s") else "s")
+        for prompt, include in {
+            a(name): [one],
+            f"{a(name)} and {a(beside)}": [one, other],
+            f"{number} {plural}": [one | {"count": n}],
+            a(f"{red} {name}"): [one | {"color": red}],
+            f"{a(beside)} {place} {a(name)}": [one, other | {"position": [place, 0]}],
+            f"{a(f'{red} {name}')} and {a(f'{blue} {beside}')}": [one | {"color": red}, other | {"color": blue}],
+        }.items():
+            asked = {"include": include} | ({"exclude": [one | {"count": n + 1}]} if plural in prompt else {})
+            assert geneval.metadata(f"a photo of {prompt}", {"prompt": "a dog"}) == asked
+            row = {"tag": "any", "prompt": "a dog", **asked}
+            check_rewards({"geneval": 1.0}, ["a dog"], rows=[row])
+            assert geneval.metadata("a dog", row) == asked
 
 
 @pytest.mark.parametrize(
     "prompt",
     [
-        "a red circle",
-        "a photo of a dragon",
-        "a photo of one clock",
-        "a photo of two clock",
-        "a photo of a mauve car",
-        "a photo of a dog beside a cat",
-        "a photo of a dog and a dog",
-        "a photo of a red dog and a blue dog",
+        *["a red circle", "a photo of a dragon", "a photo of one clock", "a photo of two clock"],
+        *["a photo of a mauve car", "a photo of a dog beside a cat", "a photo of a dog and a dog"],
+        *["a photo of a red dog and a blue dog", "a photo of a dog left of a dog"],
         "a photo of a dog and a cat and a horse",
-        "a photo of a dog left of a dog",
     ],
 )
 def test_a_prompt_of_another_form_is_refused_before_anything_is_loaded(prompt):
     with pytest.raises(ValueError, match="is not of GenEval's form"):
-        rewards.check_rewards({"geneval": 1.0}, ["a photo of a dog", prompt])
+        check_rewards({"geneval": 1.0}, ["a photo of a dog", prompt])
 
 
-# ------------------------------------------------------------------------------------------------ geneval: rules
-
-LEFT, RIGHT, FAR_RIGHT = (10, 40, 30, 60), (70, 40, 90, 60), (100, 40, 120, 60)
-TOP, BOTTOM = (40, 0, 60, 20), (40, 80, 60, 100)
-
-
-def red(name, boxes):
-    return ["red"] * len(boxes)
-
-
-def verdicts(prompt, colours_of=red, **objects):
-    """(the benchmark's verdict, the training reward) for boxes of each class."""
-    wanted, objects = rewards.parse_geneval(prompt), {name.replace("_", " "): boxes for name, boxes in objects.items()}
-    return tuple(rule(wanted, objects, colours_of) for rule in (rewards.geneval_correct, rewards.geneval_partial))
-
-
-def test_an_object_is_there():
-    assert verdicts("a photo of a traffic light", traffic_light=[LEFT]) == (True, 1)
-    assert verdicts("a photo of a traffic light") == (False, 0)
-    assert verdicts("a photo of a traffic light", car=[LEFT]) == (False, 0)
-    assert verdicts("a photo of a dog", dog=[LEFT], cat=[RIGHT]) == (True, 1)  # others may be there too
-    assert verdicts("a photo of a dog", dog=[LEFT, RIGHT]) == (True, 0)  # the reward takes "a" for exactly one
-    assert verdicts("a photo of a dog", dog=[LEFT, RIGHT, TOP]) == (True, -1)
-
-
-def test_both_objects_are_there():
-    assert verdicts("a photo of a cat and a dog", cat=[LEFT], dog=[RIGHT]) == (True, 1)
-    assert verdicts("a photo of a cat and a dog", cat=[LEFT]) == (False, 0.5)
-    assert verdicts("a photo of a cat and a dog", dog=[LEFT]) == (False, 0.5)
-    assert verdicts("a photo of a cat and a dog") == (False, 0)
-
-
-@pytest.mark.parametrize(("found", "partial"), [(0, 0), (1, 1 / 3), (2, 2 / 3), (3, 1), (4, 2 / 3)])
-def test_as_many_as_asked_and_no_more(found, partial):
-    boxes = [LEFT, RIGHT, TOP, BOTTOM][:found]
-    assert verdicts("a photo of three clocks", clock=boxes) == (found == 3, pytest.approx(partial))
-
-
-def test_the_object_has_its_colour():
-    assert verdicts("a photo of a red car", car=[LEFT]) == (True, 1)
-    assert verdicts("a photo of a blue car", car=[LEFT]) == (False, 0.5)
-    assert verdicts("a photo of a red car") == (False, 0)
-    assert verdicts("a photo of a red car", car=[LEFT, RIGHT]) == (True, 0)  # the wrong count forfeits the colour
-
-
-def test_the_benchmark_judges_the_colour_of_the_surest_object():
-    def by_place(name, boxes):
-        return ["red" if box == LEFT else "blue" for box in boxes]
-
-    assert verdicts("a photo of a red car", by_place, car=[LEFT, RIGHT])[0]
-    assert not verdicts("a photo of a red car", by_place, car=[RIGHT, LEFT])[0]
-
-
-def test_each_of_two_objects_has_its_own_colour():
-    def colours(name, boxes):
-        return [{"car": "red", "bench": "blue"}[name]] * len(boxes)
-
-    things = dict(car=[LEFT], bench=[RIGHT])
-    assert verdicts("a photo of a red car and a blue bench", colours, **things) == (True, 1)
-    assert verdicts("a photo of a blue car and a red bench", colours, **things) == (False, 0.5)
-    assert verdicts("a photo of a red car and a green bench", colours, **things) == (False, 0.75)
+DOG = {"class": "dog", "count": 1}
 
 
 @pytest.mark.parametrize(
-    ("relation", "dog", "cat"),
-    [("left of", LEFT, RIGHT), ("right of", RIGHT, LEFT), ("above", TOP, BOTTOM), ("below", BOTTOM, TOP)],
+    "include",
+    [
+        *[[], [{}], "dog", None, [3], [{"class": "dog"}], [DOG | {"class": "dragon"}], [DOG | {"count": 0}]],
+        *[[DOG | {"count": "1"}], [DOG | {"color": "mauve"}], [DOG | {"size": 3}], [DOG | {"position": ["above", 0]}]],
+        *[[DOG, DOG | {"position": place}] for place in (["beside", 0], ["above", 1], ["above", -1], ["above"], 3)],
+    ],
 )
-def test_the_first_object_has_its_place(relation, dog, cat):
-    prompt = f"a photo of a dog {relation} a cat"
-    assert verdicts(prompt, dog=[dog], cat=[cat]) == (True, 1)
-    assert verdicts(prompt, dog=[cat], cat=[dog]) == (False, pytest.approx(2 / 3))
-    assert verdicts(prompt, dog=[dog], cat=[dog]) == (False, pytest.approx(2 / 3))  # in the same place
-    assert verdicts(prompt, dog=[dog]) == (False, pytest.approx(1 / 3))  # nothing to be beside
-    assert verdicts(prompt, cat=[cat]) == (False, pytest.approx(1 / 3))
-    assert verdicts(prompt, dog=[dog, cat], cat=[cat]) == (True, pytest.approx(1 / 3))  # the surest dog; two dogs
-    assert verdicts(prompt, dog=[dog], cat=[cat, cat]) == (True, pytest.approx(1 / 3))  # which of two cats?
+def test_metadata_of_another_form_are_refused_before_anything_is_loaded(include):
+    with pytest.raises(ValueError, match="the metadata of 'a photo of a dog' are not in GenEval's form"):
+        check_rewards({"geneval": 1.0}, ["a photo of a dog"], rows=[{"include": include}])
 
 
-@pytest.mark.parametrize("prompt", ["a photo of a red dog left of a cat", "a photo of a dog left of a red cat"])
-def test_a_place_counts_only_for_objects_of_their_colour(prompt):
-    assert verdicts(prompt, dog=[LEFT], cat=[RIGHT]) == (True, 1)
-    assert verdicts(prompt.replace("red", "blue"), dog=[LEFT], cat=[RIGHT]) == (False, 0.5)
+LEFT, RIGHT, TOP, BOTTOM = (10, 40, 30, 60), (70, 40, 90, 60), (40, 0, 60, 20), (40, 80, 60, 100)
+COLOURS = {LEFT: "red", RIGHT: "blue", TOP: "red"}
+PLACES = [("left of", LEFT, RIGHT), ("right of", RIGHT, LEFT), ("above", TOP, BOTTOM), ("below", BOTTOM, TOP)]
+
+
+@pytest.mark.parametrize(
+    "prompt, objects, correct, reward",
+    [
+        ("a traffic light", {"traffic light": [LEFT]}, 1, 1),
+        ("a traffic light", {}, 0, 0),
+        ("a traffic light", {"car": [LEFT]}, 0, 0),
+        ("a dog", {"dog": [LEFT], "cat": [RIGHT]}, 1, 1),  # others may be there too
+        ("a dog", {"dog": [LEFT, RIGHT]}, 1, 0),  # the reward takes "a" for exactly one
+        ("a dog", {"dog": [LEFT, RIGHT, TOP]}, 1, -1),
+        ("a cat and a dog", {"cat": [LEFT], "dog": [RIGHT]}, 1, 1),
+        ("a cat and a dog", {"cat": [LEFT]}, 0, 1 / 2),
+        ("a cat and a dog", {"dog": [LEFT]}, 0, 1 / 2),
+        ("a cat and a dog", {}, 0, 0),
+        *[("three clocks", {"clock": [LEFT] * n}, n == 3, 1 - abs(3 - n) / 3) for n in range(5)],  # as many and no more
+        ("a red car", {"car": [LEFT]}, 1, 1),
+        ("a blue car", {"car": [LEFT]}, 0, 1 / 2),
+        ("a red car", {}, 0, 0),
+        ("a red car", {"car": [LEFT, TOP]}, 1, 0),  # the wrong count forfeits the colour
+        ("a red car", {"car": [LEFT, RIGHT]}, 1, 0),  # the benchmark judges the surest
+        ("a red car", {"car": [RIGHT, LEFT]}, 0, 0),
+        ("a red car and a blue bench", {"car": [LEFT], "bench": [RIGHT]}, 1, 1),
+        ("a blue car and a red bench", {"car": [LEFT], "bench": [RIGHT]}, 0, 1 / 2),
+        ("a red car and a green bench", {"car": [LEFT], "bench": [RIGHT]}, 0, 3 / 4),
+        *[(f"a dog {name} a cat", {"dog": [a], "cat": [b]}, 1, 1) for name, a, b in PLACES],
+        *[(f"a dog {name} a cat", {"dog": [b], "cat": [a]}, 0, 2 / 3) for name, a, b in PLACES],
+        *[(f"a dog {name} a cat", {"dog": [a], "cat": [a]}, 0, 2 / 3) for name, a, _ in PLACES],  # in the same place
+        *[(f"a dog {name} a cat", {"dog": [a]}, 0, 1 / 3) for name, a, _ in PLACES],  # nothing to be beside
+        *[(f"a dog {name} a cat", {"cat": [b]}, 0, 1 / 3) for name, _, b in PLACES],
+        *[(f"a dog {name} a cat", {"dog": [a, b], "cat": [b]}, 1, 1 / 3) for name, a, b in PLACES],  # the surest of two
+        *[(f"a dog {name} a cat", {"dog": [a], "cat": [b, b]}, 1, 1 / 3) for name, a, b in PLACES],  # which cat?
+        ("a red dog left of a cat", {"dog": [LEFT], "cat": [RIGHT]}, 1, 1),
+        ("a blue dog left of a cat", {"dog": [LEFT], "cat": [RIGHT]}, 0, 1 / 2),  # a place counts with the right colour
+        ("a dog left of a blue cat", {"dog": [LEFT], "cat": [RIGHT]}, 1, 1),
+        ("a dog left of a red cat", {"dog": [LEFT], "cat": [RIGHT]}, 0, 1 / 2),
+    ],
+)
+def test_the_rules(prompt, objects, correct, reward):
+    wanted = geneval.parse(f"a photo of {prompt}")
+
+    def colours_of(name, boxes):
+        return [COLOURS[box] for box in boxes]
+
+    assert geneval.verdict(wanted, objects, colours_of, strict=True) == correct
+    assert geneval.verdict(wanted, objects, colours_of, strict=False) == pytest.approx(reward)
 
 
 def test_relations_of_boxes():
-    box = (0, 0, 20, 20)
-    assert rewards.relations(box, box) == set()
-    assert rewards.relations(box, (3, 0, 23, 20)) == set()  # 3 of 40 pixels of both: within the slack of a tenth
-    assert rewards.relations(box, (4.1, 0, 24.1, 20)) == set()  # beyond, but most of the way is slack
-    assert rewards.relations(box, (9, 0, 29, 20)) == {"left of"}  # 5 of 9 pixels are beyond
-    assert rewards.relations(box, (40, 40, 60, 60)) == {"left of", "above"}  # a diagonal is both
-    assert rewards.relations(box, (100, 20, 120, 40)) == {"left of"}  # mostly to the side
-    assert rewards.relations((40, 100, 60, 120), (38, 0, 58, 20)) == {"below"}
+    for other, names in {
+        (0, 0, 20, 20): set(),
+        (3, 0, 23, 20): set(),  # 3 of 40 pixels of both: within the slack of a tenth
+        (4.1, 0, 24.1, 20): set(),  # beyond, but most of the way is slack
+        (9, 0, 29, 20): {"left of"},  # 5 of 9 pixels are beyond
+        (40, 40, 60, 60): {"left of", "above"},  # a diagonal is both
+        (100, 20, 120, 40): {"left of"},  # mostly to the side
+        (-2, -100, 18, -80): {"below"},
+    }.items():
+        assert geneval.relations((0, 0, 20, 20), other) == names
 
 
 def test_detections_are_chosen_by_score():
-    detections = [
-        Detection("dog", 0.3, TOP),
-        Detection("dog", 0.31, LEFT),
-        Detection("cat", 0.1, TOP),
-        Detection("dog", 0.95, RIGHT),
-        Detection("dog", 0.94, RIGHT),
-    ]
-    assert rewards.geneval_objects(detections, 0.3) == {"dog": [RIGHT, RIGHT, LEFT]}  # surest first, overlaps stay
-    assert rewards.geneval_objects(detections, 0.9) == {"dog": [RIGHT, RIGHT]}
-    many = [Detection("dog", i / 100, (i, 0, i, 0)) for i in range(30, 60)]
-    assert [box[0] for box in rewards.geneval_objects(many, 0)["dog"]] == list(range(59, 43, -1))
+    found = [("dog", 0.3, TOP), ("dog", 0.31, LEFT), ("cat", 0.1, TOP), ("dog", 0.95, RIGHT), ("dog", 0.94, RIGHT)]
+    assert geneval.surest(found, 0.3) == {"dog": [RIGHT, RIGHT, LEFT]}  # surest first, overlaps stay
+    assert geneval.surest(found, 0.9) == {"dog": [RIGHT, RIGHT]}
+    many = [("dog", i / 100, (i, 0, i, 0)) for i in range(30, 60)]
+    assert [box[0] for box in geneval.surest(many, 0)["dog"]] == list(range(59, 43, -1))
 
 
-# ------------------------------------------------------------------------------------------------ geneval: models
-
-LABELS = dict(enumerate({v: k for k, v in rewards.COCO_NAMES.items()}.get(name, name) for name in rewards.OBJECTS))
+LABELS = dict(enumerate({v: k for k, v in geneval.COCO_NAMES.items()}.get(name, name) for name in geneval.OBJECTS))
 
 
 def rt_detr(labels):
-    """A tiny detector of the default's kind, sigmoid scores, with labels as its publisher spells them."""
-    backbone = transformers.RTDetrResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[8, 8, 8, 8],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
-    )
+    """A small detector of the default's kind, sigmoid scores, with labels as its publisher spells them."""
+    stages = dict(hidden_sizes=[8] * 4, depths=[1] * 4, out_features=["stage2", "stage3", "stage4"])
     config = transformers.RTDetrConfig(
-        backbone_config=backbone,
+        backbone_config=transformers.RTDetrResNetConfig(embedding_size=8, layer_type="basic", **stages),
         **dict(encoder_hidden_dim=16, encoder_in_channels=[8, 8, 8], encoder_ffn_dim=16, encoder_attention_heads=2),
         **dict(d_model=16, decoder_in_channels=[16, 16, 16], decoder_ffn_dim=16, decoder_attention_heads=2),
         **dict(decoder_layers=1, decoder_n_points=2, num_queries=4, num_denoising=0),
@@ -346,7 +604,7 @@ def rt_detr(labels):
 
 
 def yolos(labels):
-    """A tiny detector of another kind: softmax scores with a class for nothing."""
+    """A small detector of another kind: softmax scores with a class for nothing."""
     config = transformers.YolosConfig(
         **dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16),
         **dict(image_size=[32, 32], patch_size=16, num_detection_tokens=4),
@@ -357,15 +615,14 @@ def yolos(labels):
     return model, processor, [model.class_labels_classifier.layers[-1].bias]
 
 
+DETECTORS = pytest.mark.parametrize("kind", [rt_detr, yolos])
+
+
 @pytest.fixture(scope="module")
-def processors():
+def saved(tmp_path_factory):
+    """saved(kind, name=None): the folder of a random detector that sees four objects of that class everywhere."""
     if getattr(transformers.AutoImageProcessor, "is_dummy", False):
         pytest.skip("this version of transformers needs torchvision to load images")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory, processors):
-    """save(kind, name=None): the folder of a tiny random detector that sees four objects of that class everywhere."""
 
     def save(kind, name=None, labels=LABELS):
         folder = tmp_path_factory.mktemp("detector")
@@ -380,59 +637,28 @@ def saved(tmp_path_factory, processors):
     return save
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory, processors):
-    """The folder of a tiny random CLIP that reads bytes."""
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16)
-    tokenizer = tiny_pipelines.tokenizer(77)
-    tokenizer.add_special_tokens({"eos_token": "<end>"})  # of the highest number, by which CLIP finds it
-    end = tokenizer.eos_token_id
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<bos> $A <end>", special_tokens=[("<bos>", 1), ("<end>", end)]
-    )
-    special = dict(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=end, pad_token_id=0)
-    model = transformers.CLIPModel(
-        transformers.CLIPConfig(
-            text_config=dict(max_position_embeddings=77, **sizes, **special),
-            vision_config=dict(image_size=32, patch_size=8, **sizes),
-            projection_dim=16,
-        )
-    )
-    for parameter in model.parameters():  # its own start is so small that all colours look the same
-        parameter.data += 0.2 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
-        folder
-    )
-    return str(folder)
-
-
-@pytest.mark.parametrize("kind", [rt_detr, yolos])
-def test_the_detector_finds_by_genevals_names(saved, clip, kind):
+@DETECTORS
+def test_the_detector_finds_by_genevals_names(saved, clip_folder, kind):
     images = torch.rand(3, 3, 48, 40, generator=torch.Generator().manual_seed(0))
     prompts = ["a photo of four tvs", "a photo of three tvs", "a photo of four benchs"]
-    television = saved(kind, "tvmonitor")
-    assert rewards.geneval("cpu", television, clip, strict=True)(images, prompts).tolist() == [1, 0, 0]
-    partial = rewards.geneval("cpu", television, clip)(images, prompts)
-    assert partial.tolist() == pytest.approx([1, 2 / 3, 0])
-    nothing = rewards.geneval("cpu", saved(kind), clip, strict=True, threshold=0.9)
+    models = saved(kind, "tvmonitor"), str(clip_folder)
+    strict = geneval.geneval("cpu", *models, strict=True)
+    assert strict(images, prompts).tolist() == [1, 0, 0]
+    rows = [{"include": [{"class": "tv", "count": 4}]}, {}, {"include": [{"class": "tv", "count": 5}]}]
+    assert strict(images, prompts, rows).tolist() == [1, 0, 0]
+    assert strict(images, ["any"] * 3, rows[::2] + rows[:1]).tolist() == [1, 0, 1]
+    assert geneval.geneval("cpu", *models)(images, prompts).tolist() == pytest.approx([1, 2 / 3, 0])
+    nothing = geneval.geneval("cpu", saved(kind), str(clip_folder), strict=True, threshold=0.9)
     assert nothing(images, ["a photo of a tv"] * 3).tolist() == [0, 0, 0]
+    sure = geneval.geneval("cpu", *models, strict=True, counting_threshold=1.0)  # which is that of counts alone
+    assert sure(images, [*prompts[:2], "a photo of a tv"]).tolist() == [0, 0, 1]
 
 
-def test_counting_has_its_own_threshold(saved, clip):
-    images, prompts = torch.rand(2, 3, 32, 32), ["a photo of four tvs", "a photo of a tv"]
-    judge = rewards.geneval("cpu", saved(rt_detr, "tvmonitor"), clip, strict=True, counting_threshold=1.0)
-    assert judge(images, prompts).tolist() == [0, 1]
-
-
-@pytest.mark.parametrize("kind", [rt_detr, yolos])
-def test_geneval_is_the_same_in_batches_of_any_size_and_every_time(saved, clip, kind):
-    judge = rewards.geneval("cpu", saved(kind), clip, threshold=0.0, counting_threshold=0.0)
+@DETECTORS
+def test_geneval_is_the_same_in_batches_of_any_size_and_every_time(saved, clip_folder, kind):
+    judge = geneval.geneval("cpu", saved(kind), str(clip_folder), threshold=0.0, counting_threshold=0.0)
     images = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    things = [name for name in rewards.OBJECTS if name != "dog"][:6]
+    things = [name for name in geneval.OBJECTS if name != "dog"][:6]
     prompts = [f"a photo of a dog left of a red {name}" for name in things[:3]]
     prompts += [f"a photo of two {name}s" for name in things[3:]]
     together = judge(images, prompts)
@@ -448,98 +674,71 @@ def test_boxes_are_in_pixels_and_end_at_the_edge(saved):
     last.weight.data.zero_()
     last.bias.data = torch.tensor([0.8, 0.5, 0.6, 0.5]).logit()  # centre and size, as shares of the image
     model.save_pretrained(folder)
-    found, larger = rewards._object_detector(folder, "cpu")([Image.new("RGB", (40, 20)), Image.new("RGB", (80, 40))])
-    assert len(found) == 4
-    assert [detection.box for detection in found] == [pytest.approx((20, 5, 40, 15))] * 4
-    assert [detection.box for detection in larger] == [pytest.approx((40, 10, 80, 30))] * 4
+    with torch.no_grad():
+        found, larger = geneval._detector(folder, "cpu")([Image.new("RGB", (40, 20)), Image.new("RGB", (80, 40))])
+    assert [box for *_, box in found] == [pytest.approx((20, 5, 40, 15))] * 4
+    assert [box for *_, box in larger] == [pytest.approx((40, 10, 80, 30))] * 4
 
 
-def test_the_colour_is_clips_choice_for_the_crop(clip):
+def test_the_colour_is_clips_choice_for_the_crop(clip_folder):
     """As CLIP's own forward has it, with the mean over the three phrases, and for the box alone."""
-    model, tokenizer = transformers.CLIPModel.from_pretrained(clip), transformers.AutoTokenizer.from_pretrained(clip)
-    processor = transformers.AutoImageProcessor.from_pretrained(clip)
-    rng = np.random.default_rng(0)
+    model, tokenizer = CLIPModel.from_pretrained(clip_folder), CLIPTokenizer.from_pretrained(clip_folder)
+    processor, rng = CLIPImageProcessorPil.from_pretrained(clip_folder), np.random.default_rng(0)
     squares = [Image.fromarray(rng.integers(0, 256, (3, 3, 3), np.uint8)).resize((20, 20)) for _ in range(8)]
     picture = Image.new("RGB", (160, 20))
+    expected = []
     for i, square in enumerate(squares):
         picture.paste(square, (20 * i, 0))
-
-    expected = []
-    for square in squares:
         scores = []
-        for colour in rewards.GENEVAL_COLOURS:
+        for colour in geneval.COLOURS:
             ways = [f"a photo of a {colour} cup", f"a photo of a {colour}-colored cup", f"a photo of a {colour} object"]
             tokens = tokenizer(ways, padding=True, return_tensors="pt")
             out = model(**tokens, pixel_values=processor(images=square, return_tensors="pt")["pixel_values"])
             mean = out.text_embeds.mean(0)
             scores.append((out.image_embeds[0] @ mean / mean.norm()).item())
-        expected.append(rewards.GENEVAL_COLOURS[int(np.argmax(scores))])
+        expected.append(geneval.COLOURS[int(np.argmax(scores))])
+    colours_of = geneval._colour_classifier(str(clip_folder), "cpu")
     boxes = [(20.0 * i + 0.4, 0.2, 20.0 * i + 19.7, 19.9) for i in range(8)]  # cut at whole pixels, outwards
-    assert rewards._colour_classifier(clip, "cpu")(picture, "cup", boxes) == expected
-    assert len(set(expected)) > 1
+    assert colours_of(picture, "cup", boxes) == expected and len(set(expected)) > 1
+    assert len(colours_of(picture, "cup", [(5.2, 5.2, 5.4, 5.4)])) == 1  # a crop is never empty
 
 
-def test_models_saved_in_half_precision(saved, clip, tmp_path):
+def test_models_saved_in_half_precision(saved, clip_folder, tmp_path):
     halves = []
-    for folder, kind in ((saved(yolos, "tvmonitor"), "YolosForObjectDetection"), (clip, "CLIPModel")):
+    for folder, kind in ((saved(yolos, "tvmonitor"), "YolosForObjectDetection"), (clip_folder, "CLIPModel")):
         halves.append(shutil.copytree(folder, tmp_path / kind))
         getattr(transformers, kind).from_pretrained(folder).half().save_pretrained(halves[-1])
     images, prompts = torch.rand(2, 3, 32, 32), ["a photo of four tvs", "a photo of a red tv"]
-    value = rewards.geneval("cpu", *map(str, halves), strict=True)(images, prompts)
+    value = geneval.geneval("cpu", *map(str, halves), strict=True)(images, prompts)
     assert value[0] == 1 and value[1] in (0, 1)
 
 
-def test_a_crop_is_never_empty(clip):
-    colours = rewards._colour_classifier(clip, "cpu")(Image.new("RGB", (32, 32)), "cup", [(5.2, 5.2, 5.4, 5.4)])
-    assert len(colours) == 1
-
-
-def test_a_detector_of_other_classes_is_refused(saved, clip):
-    labels = {i: name for i, name in LABELS.items() if name not in ("mouse", "zebra")}
-    labels = dict(enumerate([*labels.values(), "N/A", "street sign"]))
+def test_a_detector_of_other_classes_and_a_missing_model_are_named_in_one_line(saved, clip_folder, tmp_path):
+    labels = [name for name in LABELS.values() if name not in ("mouse", "zebra")]
+    other = saved(yolos, labels=dict(enumerate([*labels, "N/A", "street sign"])))
     with pytest.raises(ValueError, match="does not know zebra, computer mouse; take one trained on COCO"):
-        rewards.geneval("cpu", saved(yolos, labels=labels), clip)
-
-
-def test_a_missing_model_is_named_in_one_line(saved, tmp_path, clip):
+        geneval.geneval("cpu", other, str(clip_folder))
     for nowhere in (str(tmp_path / "nowhere"), "no-such/model"):
-        for models, kind in ((nowhere, clip), "AutoModelForObjectDetection"), ((saved(yolos), nowhere), "CLIPModel"):
-            with pytest.raises(ValueError, match=f"{nowhere} does not load as {kind}") as error:
-                rewards.geneval("cpu", *models)
-            assert "\n" not in str(error.value)
+        models = {"AutoModelForObjectDetection": (nowhere, str(clip_folder)), "CLIPModel": (saved(yolos), nowhere)}
+        for kind, sources in models.items():
+            with pytest.raises(ValueError, match=f"^{nowhere} does not load as {kind}[^\n]*$"):
+                geneval.geneval("cpu", *sources)
 
 
 # ------------------------------------------------------------------------------------------------ vlm
 
 
-class Judge(ThreadingHTTPServer):
+class Judge(BaseHTTPRequestHandler):
     """A server that answers with the brightness of the image from 0 to 10, unless a prompt's faults come first."""
 
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        self.models, self.models_status = ["judge"], 200
-        self.faults = defaultdict(list)  # prompt -> what happens to its next requests
-        self.asked, self.bodies, self.keys = Counter(), [], []
-        self.together = None  # a barrier that each request waits at
-        self.lock, self.now, self.most = threading.Lock(), 0, 0
-        self.over = threading.Event()
-
-    def handle_error(self, request, client_address):
-        pass  # clients that give up are part of the tests
-
-
-class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def reply(self, status, body, headers=()):
+    def reply(self, status, body, length=None, **headers):
         body = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
-        for name, value in (("Content-Length", len(body)), *headers):
-            self.send_header(name, value)
+        for name, value in {"Content-Length": length or len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(body)
 
@@ -550,54 +749,44 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(self.server.models_status if found else 404, data if found else "no such page")
 
     def do_POST(self):
-        server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        picture, text = body["messages"][0]["content"]
-        with server.lock:
-            server.now += 1
-            server.most = max(server.most, server.now)
-            server.asked[text["text"]] += 1
-            server.bodies.append(body)
-            server.keys.append(self.headers["Authorization"])
-            faults = server.faults[text["text"]]
-            fault = faults.pop(0) if faults else None
-        try:
-            if server.together:
-                server.together.wait(10)
-        finally:
-            with server.lock:
-                server.now -= 1
-        self.answer(fault, body, picture["image_url"]["url"])
-
-    def answer(self, fault, body, url):
+        self.server.keys.append(self.headers["Authorization"])
+        self.server.bodies.append(body)
+        if self.server.together:
+            self.server.together.wait(10)
+        faults = self.server.faults[prompt_in(body)]
+        fault = faults.pop(0) if faults else f"{10 * picture_in(body).mean() / 255:.2f}"
         if fault == "slow":
             self.server.over.wait(3)
-            fault = None
-        if fault == "cut":  # in the middle of the reply
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            self.wfile.write(b'{"choices": [')
+        elif fault == "cut":  # in the middle of the reply
+            self.reply(200, '{"choices": [', length=1000)
         elif fault == "drop":  # without a reply
             self.close_connection = True
         elif isinstance(fault, tuple):
-            self.reply(*fault)
-        elif isinstance(fault, dict):
-            self.reply(200, {"choices": [fault]})
+            self.reply(*fault[:2], **dict(fault[2:]))
         else:
-            content = fault or f"{10 * brightness(url):.2f}"
-            self.reply(200, {"choices": [{"message": {"role": "assistant", "content": content}}]})
+            choice = fault if isinstance(fault, dict) else {"message": {"role": "assistant", "content": fault}}
+            self.reply(200, {"choices": [choice]})
 
 
-def brightness(url):
-    kind, data = url.split(",")
+def prompt_in(body):
+    return body["messages"][0]["content"][1]["text"]
+
+
+def picture_in(body):
+    kind, data = body["messages"][0]["content"][0]["image_url"]["url"].split(",")
     assert kind == "data:image/png;base64"
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).mean() / 255
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
 
 
 @pytest.fixture
-def judge():
-    server = Judge()
+def judge(monkeypatch):
+    monkeypatch.setattr(ThreadingHTTPServer, "handle_error", lambda *_: None)  # clients that give up are part of it
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    server.url, server.models, server.models_status = f"http://127.0.0.1:{server.server_port}/v1", ["judge"], 200
+    server.faults = defaultdict(list)  # prompt -> what happens to its next requests
+    server.bodies, server.keys, server.over = [], [], threading.Event()
+    server.together = None  # a barrier that each request waits at
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield server
@@ -611,84 +800,80 @@ def judge():
 def waits(monkeypatch):
     """The seconds that would have been waited."""
     seconds = []
-    monkeypatch.setattr(rewards, "time", SimpleNamespace(sleep=seconds.append))
+    monkeypatch.setattr(vlm, "time", SimpleNamespace(sleep=seconds.append))
     return seconds
 
 
 GREYS = torch.linspace(0, 1, 6)[:, None, None, None].expand(6, 3, 8, 8)
-PROMPTS = [f"grey {i}" for i in range(6)]
+GREY_PROMPTS = [f"grey {i}" for i in range(6)]
 
 
-def ask(judge, images=GREYS, prompts=PROMPTS, **options):
-    return rewards.vlm("cpu", judge.url, question="{prompt}", **options)(images, prompts)
+def ask(judge, images=GREYS, prompts=GREY_PROMPTS, **options):
+    return vlm.vlm("cpu", judge.url, question="{prompt}", **options)(images, prompts)
 
 
-def test_scores_come_back_in_the_order_of_the_images(judge):
+def are_right(scores):
+    return torch.allclose(scores, GREYS[:, 0, 0, 0], atol=0.003)
+
+
+def times_asked(judge):
+    return Counter(map(prompt_in, judge.bodies))
+
+
+def test_scores_come_back_in_the_order_of_the_images_which_arrive_exactly(judge):
     scores = ask(judge)
-    assert scores.shape == (6,) and torch.allclose(scores, GREYS[:, 0, 0, 0], atol=0.003)
+    assert scores.shape == (6,) and are_right(scores)
     body = judge.bodies[0]
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("judge", 0, 32)
-    assert judge.asked == dict.fromkeys(PROMPTS, 1)
+    assert times_asked(judge) == dict.fromkeys(GREY_PROMPTS, 1)
     assert torch.equal(ask(judge), scores)
-
-
-def test_the_image_arrives_exactly(judge):
     image = torch.rand(1, 3, 9, 7, generator=torch.Generator().manual_seed(0))
     ask(judge, image, ["x"])
-    data = judge.bodies[0]["messages"][0]["content"][0]["image_url"]["url"].split(",")[1]
-    arrived = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
-    assert np.array_equal(arrived, (image[0].permute(1, 2, 0) * 255).round().numpy())
+    assert np.array_equal(picture_in(judge.bodies[-1]), (image[0].permute(1, 2, 0) * 255).round().numpy())
 
 
 def test_requests_are_under_way_together_and_no_more_than_said(judge):
-    # breaks unless three arrive while three wait; then lets a fourth arrive, if there is one
-    judge.together = threading.Barrier(3, action=lambda: time.sleep(0.2))
+    arrived = []
+
+    def let_a_fourth_arrive():
+        time.sleep(0.2)
+        arrived.append(len(judge.bodies))
+
+    judge.together = threading.Barrier(3, action=let_a_fourth_arrive)  # breaks unless three wait at once
     ask(judge, concurrency=3, retries=0)
-    assert judge.most == 3
+    assert arrived == [3, 6]
 
 
 @pytest.mark.parametrize(
     "fault",
     [
-        (500, "out of memory"),
-        (503, "loading"),
-        (408, "too slow"),
-        (200, "<html>not JSON</html>"),
-        (200, {"choices": []}),
-        (200, [1, 2]),
-        (200, {"choices": [{"message": {"content": None}}]}),
-        "I cannot say",
-        "11 of 10",
-        "-1",
-        "cut",
-        "drop",
+        *[(500, "out of memory"), (503, "loading"), (408, "too slow"), (200, "<html>not JSON</html>"), (200, [1, 2])],
+        *[(200, {"choices": []}), {"message": {"content": None}}, "I cannot say", "11 of 10", "-1", "cut", "drop"],
     ],
 )
 def test_what_may_pass_is_tried_again(judge, waits, fault):
     judge.faults["grey 2"] = [fault, fault, fault]
-    scores = ask(judge, backoff=0.5)
-    assert torch.allclose(scores, GREYS[:, 0, 0, 0], atol=0.003)
-    assert judge.asked == dict.fromkeys(PROMPTS, 1) | {"grey 2": 4}
+    assert are_right(ask(judge, backoff=0.5))
+    assert times_asked(judge) == dict.fromkeys(GREY_PROMPTS, 1) | {"grey 2": 4}
     assert waits == [0.5, 1, 2]
 
 
 def test_a_silent_server_is_asked_again(judge, waits):
     judge.faults["grey 2"] = ["slow"]
-    scores = ask(judge, timeout=0.5)
-    assert torch.allclose(scores, GREYS[:, 0, 0, 0], atol=0.003) and judge.asked["grey 2"] > 1
+    assert are_right(ask(judge, timeout=0.5)) and times_asked(judge)["grey 2"] > 1
 
 
 def test_retry_after_is_honoured(judge, waits):
-    judge.faults["grey 2"] = [(429, "", [("Retry-After", "7")]), (429, "", [("Retry-After", "1")]), (429, "")]
+    judge.faults["grey 2"] = [(429, "", ("Retry_After", "7")), (429, "", ("Retry_After", "1")), (429, "")]
     ask(judge, backoff=1.0)
     assert waits == [7, 2, 4]  # the longer of the server's wish and the back-off
 
 
 def test_what_does_not_pass_ends_the_run_with_one_line(judge, waits):
-    judge.faults["grey 2"] = [(500, "first"), (500, "out\nof memory"), (500, "out\nof memory"), (500, "out\nof memory")]
-    reward = rewards.vlm("cpu", judge.url, question="{prompt}", retries=3)
-    with pytest.raises(rewards.RewardError) as error:
-        rewards._checked("vlm", reward, GREYS, PROMPTS)
+    judge.faults["grey 2"] = [(500, "first"), *[(500, "out\nof memory")] * 3]
+    options = {"vlm.url": judge.url, "vlm.question": "{prompt}", "vlm.retries": 3}
+    with pytest.raises(RewardError) as error:
+        make_reward({"vlm": 1.0}, "cpu", options)(GREYS, GREY_PROMPTS)
     assert str(error.value) == (
         "error: reward 'vlm' failed: ConnectionError: image 2 (grey 2): "
         f"{judge.url}/chat/completions failed 4 times, at last: HTTP 500 out of memory"
@@ -699,11 +884,11 @@ def test_a_refusal_is_not_tried_again(judge, waits):
     judge.faults["grey 2"] = [(400, "this model takes no images")]
     with pytest.raises(ConnectionError, match="failed once: HTTP 400 this model takes no images"):
         ask(judge)
-    assert judge.asked["grey 2"] == 1 and waits == []
+    assert times_asked(judge)["grey 2"] == 1 and waits == []
 
 
 @pytest.mark.parametrize(
-    ("fault", "reason"),
+    "fault, reason",
     [
         ("I cannot say", "the first number is none from 0 to 10 in 'I cannot say'"),
         ((200, "<html>"), "JSONDecodeError: Expecting value"),
@@ -720,18 +905,12 @@ def test_the_last_failure_is_told(judge, waits, fault, reason):
 
 
 @pytest.mark.parametrize(
-    ("reply", "low", "high", "score"),
-    [
-        ("7", 0, 10, 0.7),
-        ("Score: 4.5/5", 1, 5, 0.875),
-        ("1", 1, 5, 0),
-        ("10 (perfect)", 0, 10, 1),
-        ("-0.5", -1, 1, 0.25),
-    ],
+    "reply, low, high, score",
+    [("7", 0, 10, 0.7), ("Score: 4.5/5", 1, 5, 0.875), ("1", 1, 5, 0), ("10 (best)", 0, 10, 1), ("-0.5", -1, 1, 0.25)],
 )
 def test_the_first_number_on_its_scale(judge, reply, low, high, score):
     judge.faults["grey 0"] = [reply]
-    assert ask(judge, GREYS[:1], PROMPTS[:1], low=low, high=high).item() == pytest.approx(score)
+    assert ask(judge, GREYS[:1], GREY_PROMPTS[:1], low=low, high=high).item() == pytest.approx(score)
 
 
 def likely(**chances):
@@ -748,43 +927,43 @@ def test_the_chance_of_yes(judge, waits):
         "grey 3": [likely(Well=0.9), likely(Yes=0.9)],  # neither: asked again
         "grey 4": ["Yes", likely(Yes=0.5, No=0.5)],  # a server that sends no chances
     }
-    scores = ask(judge, GREYS[:5], PROMPTS[:5], score="yes")
+    scores = ask(judge, GREYS[:5], GREY_PROMPTS[:5], score="yes")
     assert scores.tolist() == pytest.approx([0.75, 0.4, 0, 1, 0.5]) and len(waits) == 2
     body = judge.bodies[0]
     assert (body["logprobs"], body["top_logprobs"], body["max_tokens"]) == (True, 20, 1)
 
 
 def test_the_question_by_default(judge):
-    rewards.vlm("cpu", judge.url, low=1, high=5)(GREYS[2:3], ["a {low} red circle"])
-    (question,) = judge.asked
+    vlm.vlm("cpu", judge.url, low=1, high=5)(GREYS[2:3], ["a {low} red circle"])
+    (question,) = times_asked(judge)
     assert "Prompt: a {low} red circle\n" in question and "from 1 (not at all) to 5 (perfectly)" in question
 
 
-def test_the_key_comes_from_the_environment(judge, monkeypatch):
+def test_the_key_comes_from_the_environment(judge, monkeypatch, tmp_path):
+    (tmp_path / "netrc").write_text("default login someone password other")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("JUDGE_KEY", "secret")
-    ask(judge, GREYS[:1], PROMPTS[:1], api_key_env="JUDGE_KEY")
+    ask(judge, GREYS[:1], GREY_PROMPTS[:1], api_key_env="JUDGE_KEY")
     assert judge.keys == ["Bearer secret", "Bearer secret"]
-    ask(judge, GREYS[:1], PROMPTS[:1])
+    ask(judge, GREYS[:1], GREY_PROMPTS[:1])
     assert judge.keys[2:] == [None, None]
 
 
 @pytest.mark.parametrize(
-    ("options", "complaint"),
+    "options, complaint",
     [
         (dict(url="http://127.0.0.1:9/v1"), "vlm.url: http://127.0.0.1:9/v1/models failed once: .*; start a server"),
-        (dict(url="nonsense"), "vlm.url: unknown url type: 'nonsense/models'"),
+        (dict(url="nonsense"), "vlm.url: nonsense/models failed once: .*Invalid URL.*; start a server"),
         (dict(model="other"), "vlm.model = 'other': the server at .* has judge"),
-        (dict(score="maybe"), "vlm.score = 'maybe': number or yes"),
         (dict(low=5, high=5), "vlm: low = 5, high = 5"),
         (dict(retries=-1), "retries = -1"),
-        (dict(concurrency=0), "concurrency = 0"),
         (dict(api_key_env="NO_SUCH_KEY"), "there is no environment variable NO_SUCH_KEY"),
     ],
 )
 def test_what_cannot_work_is_refused_when_the_reward_is_made(judge, options, complaint):
     with pytest.raises(ValueError, match=complaint):
-        rewards.vlm("cpu", **{"url": judge.url, **options})
-    assert not judge.asked
+        vlm.vlm("cpu", **{"url": judge.url, **options})
+    assert not judge.bodies
 
 
 def test_the_server_and_its_models_are_checked_at_once(judge):
@@ -799,8 +978,3 @@ def test_the_server_and_its_models_are_checked_at_once(judge):
     judge.url += "/wrong"
     with pytest.raises(ValueError, match="vlm.url: .* HTTP 404 no such page"):
         ask(judge)
-
-
-def test_the_judges_are_known_by_name(judge):
-    assert {"ocr", "geneval", "vlm"} <= rewards.REWARDS.keys()
-    rewards.check_rewards({"vlm": 1.0}, ["any prompt at all"])
