@@ -601,6 +601,8 @@ def call_arguments(pipe, section, extra, rows):
     named = dict(height=height, width=width, num_inference_steps=section.num_inference_steps)
     named["guidance_scale"] = section.guidance_scale
     takes = inspect.signature(type(pipe).__call__).parameters
+    if isinstance(extra.get("negative_prompt"), str):  # not every pipeline takes one text for several prompts
+        extra = extra | {"negative_prompt": [extra["negative_prompt"]] * len(rows)}
     return {name: value for name, value in named.items() if name in takes} | extra | call_of(rows, takes)
 
 
