@@ -399,7 +399,8 @@ class _Player:
             return self.handed(self.tape.x0)
         untouched = sample is self.latents and sample._version == 0
         if not (untouched or self.same(sample)):
-            raise CannotReplay("the pipeline writes into its latents between two steps, as where a part is given")
+            reason = "the pipeline changes its latents itself, as where a part of them is given"
+            raise CannotReplay(f"step {self.target} would not begin at these latents: {reason}")
         self.velocity = -output if scheduler.config.invert_sigmas else output
         raise _Arrived
 
@@ -424,6 +425,7 @@ def _stepping(cls):
         if kwargs.get("per_token_timesteps") is not None:
             raise CannotReplay("the pipeline steps each token at a noise level of its own")
         x_next = self.listener.step(self, model_output, timestep, sample)
+        self._step_index = (self.begin_index or 0) + self.listener.k  # by which inpainting noises what is given
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x_next) if return_dict else (x_next,)
 
     def scale_model_input(self, sample, timestep=None):  # called where the class is not diffusers' very own
@@ -485,16 +487,18 @@ def _taped(pipe, listener):
             pipe.vae.encode = functools.partial(_encode, pipe.vae.encode, listener)
             stack.callback(delattr, pipe.vae, "encode")
         stack.enter_context(routed(pipe.scheduler, _stepping, listener))
-        for denoiser in denoisers(pipe).values():
-            stack.enter_context(routed(denoiser, listening, listener.denoiser))
+        for name, network in networks(pipe).items():
+            if name.startswith(("transformer", "controlnet")):
+                stack.enter_context(routed(network, listening, listener.denoiser))
         yield
 
 
 def _encode(encode, listener, *args, **kwargs):
     """The VAE's encoding of a given image, and what a pipeline then draws from it, from the tape or onto it."""
     answer = listener.method("vae.encode", encode, *args, **kwargs)
-    if (latents := getattr(answer, "latent_dist", None)) is not None:
-        latents.sample = functools.partial(listener.method, "sample", functools.partial(type(latents).sample, latents))
+    if hasattr(answer, "latent_dist"):  # the tape's own stays as it is
+        sample, answer.latent_dist = answer.latent_dist.sample, copy.copy(answer.latent_dist)
+        answer.latent_dist.sample = functools.partial(listener.method, "sample", sample)
     return answer
 
 
@@ -506,13 +510,7 @@ def _once(tensor):
 
 def copy_nested(tree):
     """A copy of nested arguments or results: some pipelines write into the lists and tensors that they are given."""
-    if isinstance(tree, torch.Tensor):
-        return tree.clone()
-    if isinstance(tree, dict):
-        return {key: copy_nested(value) for key, value in tree.items()}
-    if type(tree) in (list, tuple):
-        return type(tree)(copy_nested(value) for value in tree)
-    return tree
+    return tree_map_only(torch.Tensor, torch.clone, tree)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -144,8 +144,7 @@ def _check_model_settings(settings, path):
     asked = [section.get("reward") for section in (settings, evaluation)]
     asked = {name: weight for named in asked if isinstance(named, dict) for name, weight in named.items()}
     with refusing("reward", f"{asked} (from {path})"):
-        options = settings.get("reward_options")
-        rewards.check_untrusted(asked, options if isinstance(options, dict) else {})
+        rewards.check_untrusted(asked, settings.get("reward_options"))
     for section in (settings, evaluation):
         if section.get("prompts"):
             section["prompts"] = os.path.relpath(path.parent / str(section["prompts"]))

@@ -3,8 +3,11 @@
 from dataclasses import replace
 
 import torch
+from PIL import ImageOps
 
 from common import Snapshot, autocast, copy_nested, generators, gradient_norm, replay, rollout
+from harness.data import is_picture
+from harness.fields import refuse
 
 
 def kl_gradient(policy, penalty):
@@ -27,10 +30,36 @@ def sampling(pipe, rollouts, group_size, same_init_noise=False):
         "images with the noise of another": (same, same == 0),
         "ODE against the plain pipeline": (difference, difference == 0),
     }
+    check_pictures(pipe, rollouts[0].call)
     scale = rollouts[0].call.get("guidance_scale", 1)
     if scale > 1 and not guidance_counts(pipe, rollouts[0]):
         terms[f"NOTE, without effect in {type(pipe).__name__}: guidance_scale"] = (scale, True)
     return terms
+
+
+class _Found(BaseException):
+    """Carries the first step's velocity out of a call, which need not go on."""
+
+
+def check_pictures(pipe, call):
+    """Refuse several pictures in a call where another prompt's picture changes an image: they are then references."""
+    two = {key: value[:2] if isinstance(value, list) else value for key, value in call.items()}
+    pictures = [key for key, value in two.items() if is_picture(key) and isinstance(value, list) and len(value) > 1]
+    other = {key: [two[key][0], ImageOps.invert(two[key][1])] for key in pictures}
+
+    def found(velocity, *_):
+        raise _Found(velocity)
+
+    def first_velocity(call):
+        torch.manual_seed(0)
+        try:
+            rollout(pipe, {**call, "generator": generators((0,), (1,))}, found, 1.0, [0])
+        except _Found as error:
+            return error.args[0][0]
+
+    if pictures and not torch.equal(first_velocity(two), first_velocity(two | other)):
+        remedy = f"{type(pipe).__name__} does not make one image of each picture; 1 would do, and for eval too"
+        refuse("train.per_device_batch_size", len(call["prompt"]), remedy)
 
 
 @torch.no_grad()
@@ -69,6 +98,7 @@ def ode_difference(pipe, call, count=2):
 
     def first_images():
         few = {key: value[:count] if isinstance(value, list) else value for key, value in call.items()}
+        torch.manual_seed(0)  # some pipelines draw from the global generator
         return copy_nested({**few, "generator": generators(*((0, i) for i in range(len(few["prompt"]))))})
 
     with autocast(pipe):

@@ -40,8 +40,8 @@ class Scoring:
     def add(self, images, rows):
         """images: (B, 3, H, W) in [0, 1], or videos, made of B rows. Raises what the reward raised for the last."""
         images = images.float()
-        if self.calls:
-            self.calls[-1].result()
+        for call in self.calls:
+            call.result()
         for name, values in self.statistics(images).items():
             self.columns[name].append(values)
         self.incomplete.extend(zip(images, rows, strict=True))

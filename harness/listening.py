@@ -43,7 +43,8 @@ def remembering(pipe, texts):
 def _recall(known, used, encode, *args, **kwargs):
     leaves = tree_leaves((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if not tensors or len({t.shape[:1] for t in tensors} | {()}) != 2:  # not rows of tokens
+    whole = not any(t.is_floating_point() for t in tensors)
+    if not tensors or not whole or len({t.shape[:1] for t in tensors} | {()}) != 2:  # not rows of tokens
         return encode(*args, **kwargs)
     how = repr([leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)])
     keys = [(how, repr(row)) for row in zip(*(t.tolist() for t in tensors), strict=True)]
