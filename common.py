@@ -388,7 +388,7 @@ class _Player:
     def denoiser(self, forward, *args, **kwargs):
         if self.k == self.target:
             return forward(*args, **kwargs)
-        device = self.x.device
+        device = self.x.device  # zeros will do: step() answers with the latents of step k, whatever was said before
         return tree_map_only(
             torch.Tensor, lambda t: torch.zeros_like(t, device=device) if t.is_meta else t.clone(), next(self.outputs)
         )
@@ -396,7 +396,7 @@ class _Player:
     def step(self, scheduler, output, timestep, sample):
         if self.k < self.target:
             self.k += 1
-            return self.handed(self.tape.x0)
+            return self.handed(self.tape.x0)  # x at once, as a tensor like x0
         untouched = sample is self.latents and sample._version == 0
         if not (untouched or self.same(sample)):
             reason = "the pipeline changes its latents itself, as where a part of them is given"
