@@ -1,6 +1,7 @@
 import contextlib
 import csv
 import functools
+import logging
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ import grpo
 from harness import ending, machine
 from harness.settings import RunArgs
 
+logging.disable(logging.DEBUG)  # thousands of lines of torch's checkpoints beside each failure
 torch.set_num_threads(1)  # the same result on every machine, and the fastest where the cores are shared
 
 
@@ -110,16 +112,26 @@ def start(tmp_path, monkeypatch, prompt_files):
 
 
 @pytest.fixture
-def refusal(start, monkeypatch, capsys):
+def ends(capsys):
+    """The message with which a function refuses, with status 2."""
+
+    def call(function, *args):
+        with pytest.raises(SystemExit) as exit:
+            function(*args)
+        assert exit.value.code == 2
+        return capsys.readouterr().err
+
+    return call
+
+
+@pytest.fixture
+def refusal(start, monkeypatch, ends):
     """The message of a command that must be refused with status 2 before anything is loaded or written."""
 
     def call(script, *argv):
         monkeypatch.setattr(machine, "load_pipeline", lambda *_: pytest.fail("went on"))
         monkeypatch.setattr(script, "Run", lambda *_: pytest.fail("went on"))
-        with pytest.raises(SystemExit) as exit:
-            start(script, *argv)
-        assert exit.value.code == 2
-        return capsys.readouterr().err
+        return ends(start, script, *argv)
 
     return call
 

@@ -10,51 +10,66 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import torch
 
-import common
+from common import Metrics, average_clip_step
+from harness import ending
+from harness.checkpoint import Checkpoint, checksum
+from harness.parallel import average_gradients, gather_rows, local_shard, rank, world_size
 
 
 def check_gradients():
     """What only one process has counts as 0 in the others; what none has stays None."""
     mine, none, all_have = (torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(3))
-    all_have.grad = torch.full((2, 3), 1.0 + common.rank())
-    if common.rank() == 1:
+    all_have.grad = torch.full((2, 3), 1.0 + rank())
+    if rank() == 1:
         mine.grad = torch.ones(2, 3)
-    common.average_gradients([mine, none, all_have])
-    n = common.world()
+    average_gradients([mine, none, all_have])
+    n = world_size()
     assert none.grad is None
     assert torch.equal(mine.grad, torch.full((2, 3), 1 / n))
     assert torch.equal(all_have.grad, torch.full((2, 3), (1 + n) / 2))
 
 
+def check_update():
+    """What is clipped is the mean over the processes, and one that is not finite in a process is skipped by all."""
+    last = rank() == world_size() - 1
+    for gradient, expected in ((2.0 * world_size() - 1 if last else -1.0, -0.5), (torch.nan if last else -1.0, 0)):
+        parameter, update, run = torch.nn.Parameter(torch.zeros(1)), Metrics(), Mock()
+        parameter.grad = torch.tensor([gradient])  # on average 1
+        update.add({"loss": 0.0})
+        average_clip_step(run, torch.optim.SGD([parameter], 1.0), {"name": parameter}, update, 0.5)
+        assert abs(parameter.item() - expected) < 1e-5
+        assert run.skipped_update.called == (expected == 0) and run.took_update.called == (expected != 0)
+
+
 def check_gathering():
     """Parts of different lengths come together in the order of the ranks, and so do names that some lack."""
     items = list(range(7))
-    rows = {"all": torch.tensor(common.own(items)).float()} | (
-        {"last": torch.ones(1)} if common.own(items)[-1:] == [6] else {}
-    )
-    gathered = common.gather_rows(rows)
+    part = local_shard(items)
+    gathered = gather_rows({"all": torch.tensor(part).float()} | ({"last": torch.ones(1)} if part[-1:] == [6] else {}))
     assert gathered["all"].tolist() == items and gathered["last"].tolist() == [1]
 
 
 def main():
     check_gradients()
+    check_update()
     check_gathering()
-    save, sums = common.Checkpoint.save, []
+    save, sums = Checkpoint.save, []
 
     def watched(self, epoch, updates):
-        sums[-1].append(common.checksum(self.named.values()))
+        sums[-1].append(checksum(self.policy.values()))
         save(self, epoch, updates)
 
-    common.Checkpoint.save = watched
+    Checkpoint.save = watched
     for script, *argv in json.loads(Path(sys.argv[1]).read_text()):
         sums.append([])
         sys.argv = [script, *argv]
         importlib.import_module(script.removesuffix(".py")).main()
-    Path(f"checksums-{common.rank()}.json").write_text(json.dumps(sums))
+    Path(f"checksums-{rank()}.json").write_text(json.dumps(sums))
 
 
 if __name__ == "__main__":
-    common.start(main)
+    ending.start(main)

@@ -1,24 +1,28 @@
-"""The loss of grpo.py, from first principles."""
+"""The loss of grpo.py, from first principles, and what the loops of all scripts have in common."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from conftest import read_csv
+from test_dynamics import SIGMAS
+from torch.distributions import Normal, kl_divergence
 
 import dynamics
 import grpo
+import grpo_guard
+import nft
 from common import Snapshot, replay, rollout
 from grpo import TrainArgs, drawn_steps, group_advantages, grpo_loss, kl_loss, step_weights
 
 
 def test_advantages_of_a_group():  # G2
     rewards = torch.rand(24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    groups = group_advantages(rewards, 8).reshape(3, 8)
-    assert torch.allclose(groups.mean(1), torch.zeros(3, dtype=torch.float64), atol=1e-12)
-    assert torch.allclose(groups.std(1, correction=0), torch.ones(3, dtype=torch.float64), atol=1e-3)
-    overall = group_advantages(rewards, 8, global_std=True).reshape(3, 8)
-    assert torch.allclose(overall.mean(1), torch.zeros(3, dtype=torch.float64), atol=1e-12)
+    groups, overall = (group_advantages(rewards, 8, global_std).reshape(3, 8) for global_std in (False, True))
+    assert groups.mean(1).abs().max() < 1e-12 and overall.mean(1).abs().max() < 1e-12
+    assert (groups.std(1, correction=0) - 1).abs().max() < 1e-3
     of_all, of_group = rewards.std(correction=0), rewards.reshape(3, 8).std(1, correction=0)
     assert torch.allclose(overall * (of_all + 1e-4), groups * (of_group + 1e-4)[:, None])
 
@@ -38,8 +42,7 @@ def test_advantages_ignore_offset_and_scale():  # G4
 
 
 def test_gradient_at_ratio_1():  # G2
-    log_prob = torch.randn(6, requires_grad=True)
-    advantages = torch.tensor([3.0, -2.0, 0.5, -9.0, 9.0, 0.0])
+    log_prob, advantages = torch.randn(6, requires_grad=True), torch.tensor([3.0, -2.0, 0.5, -9.0, 9.0, 0.0])
     loss, metrics = grpo_loss(log_prob, log_prob.detach(), advantages, 1e-4, 5.0)
     loss.backward()
     assert torch.allclose(log_prob.grad, -advantages.clamp(-5, 5) / 6)
@@ -67,19 +70,16 @@ def test_mean_ratio_is_a_root_of_the_true_one():  # G6
     x, v, v_new = (torch.randn(2, 4, 3, 3, dtype=torch.float64) for _ in range(3))
     old = dynamics.step("Flow-SDE", v, x, 0.8, 0.7, 0.7)
     new = dynamics.step("Flow-SDE", v + 0.01 * v_new, x, 0.8, 0.7, 0.7, x_next=old.x_next)
-    densities = (torch.distributions.Normal(step.mean, step.std).log_prob(old.x_next) for step in (new, old))
+    densities = (Normal(step.mean, step.std).log_prob(old.x_next) for step in (new, old))
     true = torch.sub(*densities).flatten(1).sum(1).exp()
     assert torch.allclose((new.log_prob - old.log_prob).exp(), true ** (1 / 36))
 
 
 def test_accumulated_gradient_is_the_batch_gradient():  # G8
-    generator = torch.Generator().manual_seed(0)
-    log_prob = torch.randn(8, generator=generator, requires_grad=True)
-    old, advantages = log_prob.detach() + 0.1 * torch.randn(8, generator=generator), torch.randn(8, generator=generator)
-    grpo_loss(log_prob, old, advantages, 0.1, 5.0)[0].backward()
-    whole, log_prob.grad = log_prob.grad, None
-    for i in range(0, 8, 2):
-        part = slice(i, i + 2)
+    log_prob, away, advantages = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    log_prob, old = log_prob.requires_grad_(), log_prob + 0.1 * away
+    (whole,) = torch.autograd.grad(grpo_loss(log_prob, old, advantages, 0.1, 5.0)[0], log_prob)
+    for part in torch.arange(8).split(2):
         (grpo_loss(log_prob[part], old[part], advantages[part], 0.1, 5.0)[0] / 4).backward()
     assert torch.allclose(log_prob.grad, whole)
 
@@ -92,9 +92,9 @@ def test_updates_raise_the_reward(sign):  # G7
     for _ in range(30):
         sample = mean.detach() + torch.randn(64)
         advantages = sign * group_advantages(sample, 64)  # the reward is the sample itself
-        old = torch.distributions.Normal(mean.detach(), 1.0).log_prob(sample)
+        old = Normal(mean.detach(), 1.0).log_prob(sample)
         for _ in range(2):
-            loss, _ = grpo_loss(torch.distributions.Normal(mean, 1.0).log_prob(sample), old, advantages, 0.2, 5.0)
+            loss, _ = grpo_loss(Normal(mean, 1.0).log_prob(sample), old, advantages, 0.2, 5.0)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -103,85 +103,81 @@ def test_updates_raise_the_reward(sign):  # G7
 
 def test_kl_in_closed_form():  # G5
     a, sigma, sigma_next = 0.7, 0.8, 0.7
-    x, v = (torch.randn(2, 4, 3, 3, dtype=torch.float64) for _ in range(2))
-    v_new = (v + 0.1 * torch.randn_like(v)).requires_grad_()
+    x, v, away = torch.randn(3, 2, 4, 3, 3, dtype=torch.float64)
+    v_new = (v + 0.1 * away).requires_grad_()
     reference = dynamics.step("Flow-SDE", v, x, sigma, sigma_next, a)
     policy = dynamics.step("Flow-SDE", v_new, x, sigma, sigma_next, a, x_next=reference.x_next)
-    by_x, metrics = kl_loss("x-based", v_new, policy, v, reference)
-    by_v, same = kl_loss("v-based", v_new, policy, v, reference)
-    h = sigma - sigma_next
-    assert by_x.item() == pytest.approx((h * (1 + a**2 / 2)) ** 2 * by_v.item(), rel=1e-5)
-    normals = (torch.distributions.Normal(step.mean, step.std) for step in (policy, reference))
-    exact = torch.distributions.kl_divergence(*normals).mean().item()
-    assert metrics["kl"].item() == pytest.approx(exact) and same["kl"].item() == pytest.approx(exact)
-    for penalty in (by_x, by_v):
-        assert penalty > 0 and torch.autograd.grad(penalty, v_new, retain_graph=True)[0].abs().min() > 0
-    zero, _ = kl_loss("x-based", v, reference, v, reference)
-    assert zero == 0
+    exact = kl_divergence(*(Normal(step.mean, step.std) for step in (policy, reference))).mean().item()
+    penalties = {}
+    for kl_type in ("v-based", "x-based", "exact"):
+        penalty, metrics = kl_loss(kl_type, v_new, policy, v, reference)
+        assert metrics["kl_penalty"] == penalty and metrics["kl"].item() == pytest.approx(exact)
+        assert torch.autograd.grad(penalty, v_new, retain_graph=True)[0].abs().min() > 0
+        assert kl_loss(kl_type, v, reference, v, reference)[0] == 0
+        penalties[kl_type] = penalty.item()
+    by_v, slope = 0.01 * (away**2).mean().item(), (sigma - sigma_next) * (1 + a**2 / 2)  # ∂mean/∂v
+    expected = {"v-based": by_v, "x-based": slope**2 * by_v, "exact": exact}
+    assert penalties == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("kl_type", ["v-based", "x-based"])
+@pytest.mark.parametrize("kl_type", ["v-based", "x-based", "exact"])
 def test_kl_reaches_the_parameters_but_not_the_reference(make_pipe, call, kl_type):  # G5
     pipe, parameters = make_pipe()
     reference = Snapshot(parameters.values())
     tape = rollout(pipe, call(count=2), "Flow-SDE", 0.7, [1])
 
-    def gradient():
-        for p in parameters.values():
-            p.grad = None
+    def penalty_and_gradient():
         with torch.no_grad(), reference.loaded():
             ref = replay(pipe, tape, 1)
         penalty, _ = kl_loss(kl_type, *replay(pipe, tape, 1), *ref)
-        penalty.backward()
-        return penalty.item(), sum(p.grad.norm().item() for p in parameters.values() if p.grad is not None)
+        return penalty.item(), sum(g.norm().item() for g in torch.autograd.grad(penalty, parameters.values()))
 
-    assert gradient() == (0, 0)
+    assert penalty_and_gradient() == (0, 0)
     for p in parameters.values():
         p.data += 0.01
-    penalty, norm = gradient()
-    assert penalty > 0 and norm > 0
-
-
-def sd35_sigmas():
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(10)
-    return scheduler.sigmas.tolist()
+    assert min(penalty_and_gradient()) > 0
 
 
 def test_noise_aware_weights():  # T1
-    weights = step_weights(TrainArgs(loss_weighting="noise-aware"), sd35_sigmas())
+    train = TrainArgs(loss_weighting="noise-aware")
+    weights, below_1 = (step_weights(train, [first, *SIGMAS.tolist()[1:]]) for first in (1.0, 0.999))
+    assert list(below_1.values()) == pytest.approx(list(weights.values()), rel=0.02)
     published = [1.577, 1.673, 1.208, 1.004, 0.882, 0.795, 0.719, 0.635, 0.508]
     assert list(weights.values()) == pytest.approx(published, abs=1e-3)
     assert sum(weights.values()) / 9 == pytest.approx(1)
-    assert set(step_weights(TrainArgs(), sd35_sigmas()).values()) == {1.0}
-    drawn = TrainArgs(loss_weighting="noise-aware", train_steps=[1, 2, 3], num_train_steps=1)
-    assert list(step_weights(drawn, sd35_sigmas())) == [1, 2, 3]  # over the candidates, whichever is drawn
+    assert weights[0] / 0.7 == pytest.approx(2.2522, abs=1e-4)  # over std_0 = a: one over the mean std
+    assert set(step_weights(TrainArgs(), SIGMAS.tolist()).values()) == {1.0}
+    drawn = replace(train, train_steps=[1, 2, 3], num_train_steps=1)
+    assert list(step_weights(drawn, SIGMAS.tolist())) == [1, 2, 3]  # over the candidates, whichever is drawn
 
 
-def test_noise_aware_gradient_scale():  # T4: |d loss / d v| is h (1 + a²/2), with no 1/std left in it
-    sigmas, a = sd35_sigmas(), 0.7
-    weights = step_weights(TrainArgs(loss_weighting="noise-aware"), sigmas)
-    scale = {}
-    for k in range(1, 9):
-        x, noise = torch.zeros(1, 4, dtype=torch.float64), torch.tensor([[1.0, -1.0, 1.0, -1.0]], dtype=torch.float64)
-        v = torch.zeros_like(x, requires_grad=True)
-        old = dynamics.step("Flow-SDE", v.detach(), x, sigmas[k], sigmas[k + 1], a, sigma_second=sigmas[1])
-        x_next = old.mean + old.std * noise
-        old = dynamics.step("Flow-SDE", v.detach(), x, sigmas[k], sigmas[k + 1], a, x_next=x_next)
-        new = dynamics.step("Flow-SDE", v, x, sigmas[k], sigmas[k + 1], a, x_next=x_next)
-        loss, _ = grpo_loss(new.log_prob, old.log_prob, torch.ones(1, dtype=torch.float64), 0.1, 5.0)
-        (weights[k] * loss).backward()
-        scale[k] = v.grad.abs().mean().item() / ((sigmas[k] - sigmas[k + 1]) * (1 + a**2 / 2))
-    assert max(scale.values()) == pytest.approx(min(scale.values()), rel=1e-4)
+def test_noise_aware_gradient_scale():  # T4: |d loss / d v| is h (1 + a²/2), h in the first step, with no 1/std left
+    sigmas, h, a = SIGMAS, -SIGMAS.diff()[:9], 0.7
+    weights = step_weights(TrainArgs(loss_weighting="noise-aware"), sigmas.tolist())
+    x, noise = torch.zeros(9, 4, dtype=torch.float64), torch.tensor([1.0, -1.0, 1.0, -1.0])
+    where = dict(sigma=sigmas[:9], sigma_next=sigmas[1:10], noise_level=a, sigma_second=sigmas[1])
+    old = dynamics.step("Flow-SDE", x, x, **where)
+    x_next, v = old.mean + old.std * noise, torch.zeros_like(x, requires_grad=True)
+    old, new = (dynamics.step("Flow-SDE", velocity, x, **where, x_next=x_next) for velocity in (x, v))
+    for k, weight in weights.items():
+        one = slice(k, k + 1)
+        loss, _ = grpo_loss(new.log_prob[one], old.log_prob[one], torch.ones(1), 0.1, 5.0)
+        (weight * loss).backward(retain_graph=True)
+    factor = torch.tensor([1.0] + [1 + a**2 / 2] * 8, dtype=torch.float64)
+    assert torch.allclose(v.grad.abs(), (h * factor / (4 * old.std.mean()))[:, None].expand(9, 4))
 
 
-def test_drawn_steps():
-    train = TrainArgs(train_steps=[1, 2, 3], num_train_steps=1)
-    drawn = [drawn_steps(train, epoch) for epoch in range(1, 60)]
-    assert {k for steps in drawn for k in steps} == {1, 2, 3} and all(len(steps) == 1 for steps in drawn)
-    assert drawn == [drawn_steps(train, epoch) for epoch in range(1, 60)]  # from (seed, epoch) alone
-    assert drawn != [drawn_steps(TrainArgs(train_steps=[1, 2, 3], num_train_steps=1, seed=1), e) for e in range(1, 60)]
-    assert drawn_steps(TrainArgs(), 1) == list(range(9)) == grpo.candidate_steps(TrainArgs())
+@pytest.mark.parametrize(
+    "shift_interval, possible", [(None, {(0,), (2,), (7,)}), (0, {(0,), (2,), (7,)}), (0, {(0, 2), (2, 7)})]
+)
+def test_drawn_steps(shift_interval, possible):  # 0: a window at a place drawn anew
+    (count,) = {len(steps) for steps in possible}
+    train = TrainArgs(train_steps=[2, 7, 0], num_train_steps=count, shift_interval=shift_interval)
+    drawn, again, other = ([drawn_steps(t, e) for e in range(1, 60)] for t in (train, train, replace(train, seed=1)))
+    assert {tuple(steps) for steps in drawn} == possible
+    assert again == drawn != other  # from (seed, epoch) alone
+    assert shift_interval is not None or drawn == [nft.drawn_steps(train, epoch) for epoch in range(1, 60)]
+    assert drawn_steps(TrainArgs(), 1) == nft.drawn_steps(nft.TrainArgs(), 1) == list(range(9))
 
 
 @pytest.mark.parametrize("last", [23, 24])
@@ -190,21 +186,19 @@ def test_the_window_slides(last):  # M4: l(i) = min(⌊i / 25⌋, T − w), neve
     named = None if last == 23 else steps  # all but the last of T = 25
     train = TrainArgs(num_inference_steps=25, train_steps=named, num_train_steps=4, shift_interval=25)
     drawn = [drawn_steps(train, epoch) for epoch in range(1, 1001)]
-    for i, window in enumerate(drawn):
-        start = min(i // 25, last + 1 - 4)
-        assert window == [start, start + 1, start + 2, start + 3]
-    assert drawn[-1][-1] == last
-    others = (dict(seed=1), dict(train_steps=steps[1::2] + steps[::2]))  # the seed has no part in it, nor has the order
-    for other in others:
-        same = TrainArgs(**{**vars(train), **other})
+    starts = [min(i // 25, last + 1 - 4) for i in range(1000)]
+    assert drawn == [[start, start + 1, start + 2, start + 3] for start in starts] and drawn[-1][-1] == last
+    for same in (
+        replace(train, seed=1),
+        replace(train, train_steps=steps[1::2] + steps[::2]),
+    ):  # nor does the order count
         assert [drawn_steps(same, epoch) for epoch in range(1, 1001)] == drawn
 
 
 def test_the_window_is_of_neighbouring_candidates():
     train = TrainArgs(train_steps=[7, 0, 5, 2], num_train_steps=2, shift_interval=1)
     assert [drawn_steps(train, epoch) for epoch in range(1, 6)] == [[0, 2], [2, 5], [5, 7], [5, 7], [5, 7]]
-    train = TrainArgs(train_steps=[7, 0, 5, 2], num_train_steps=4, shift_interval=1)
-    assert drawn_steps(train, 1) == drawn_steps(train, 9) == [0, 2, 5, 7]
+    assert drawn_steps(replace(train, num_train_steps=4), 9) == [0, 2, 5, 7]
 
 
 @pytest.mark.parametrize("tail", [1, 3, 6])
@@ -213,3 +207,33 @@ def test_the_most_steps_of_an_image(shift_interval, tail):  # M5
     train = TrainArgs(train_steps=[5, 1, 2], num_train_steps=2, shift_interval=shift_interval, tail_steps=tail)
     ends = {drawn_steps(train, epoch)[-1] + 1 for epoch in range(1, 60)}
     assert ends == {3, 6} and grpo.most_steps(train) == max(end + min(tail, 10 - end) for end in ends)
+
+
+# The loops of the scripts
+
+
+@pytest.mark.parametrize("options", ["--train.gradient-step-per-epoch 1", "--train.train-steps 1"])
+@pytest.mark.parametrize("script, loss", [(grpo, "grpo_loss"), (grpo_guard, "grpo_loss"), (nft, "nft_loss")])
+def test_an_update_is_over_the_mean_of_its_losses(start, monkeypatch, script, loss, options):
+    trained, adamw = [], torch.optim.AdamW
+
+    def optimizer(parameters, *settings, **named):
+        trained.extend(parameters)
+        return adamw(trained, *settings, **named)
+
+    def flat_loss(first, *_):  # whose gradient is 1 in one parameter
+        return 0 * first.sum() + trained[0].sum(), {}
+
+    monkeypatch.setattr(torch.optim, "AdamW", optimizer)
+    monkeypatch.setattr(script, loss, flat_loss)
+    unweighted = ["--train.no-reweight"] if script is grpo_guard else []
+    rows = read_csv(start(script, "--train.max-epochs", 1, *unweighted, *options.split()) / "metrics.csv")
+    assert float(rows[1]["train/grad_norm"]) == pytest.approx(trained[0].numel() ** 0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("script, other", itertools.permutations((grpo, grpo_guard, nft), 2))
+def test_the_settings_of_another_trainer_are_refused(refusal, tmp_path, script, other):
+    own, others = (module.TrainArgs.trainer_type for module in (script, other))
+    (tmp_path / "other.yaml").write_text(f"train: {{trainer_type: {others}}}")
+    message = refusal(script, "--config", tmp_path / "other.yaml")
+    assert f"train.trainer_type = '{others}'" in message and f"'{own}'" in message

@@ -4,6 +4,8 @@ Each function returns (pipe, call): the pipeline with the kind of scheduler that
 keyword arguments of a call with two prompts of different lengths, guidance on where the family has it, and 4 steps.
 """
 
+from functools import partial
+
 import diffusers
 import torch
 import transformers
@@ -13,6 +15,9 @@ PROMPTS = ["a red circle", "a blue square left of a white cross"]
 NEGATIVE = ["blurry", "bad quality"]
 FLOW_SIGMAS = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+
 
 def tokenizer(max_length=512):
     """Every byte is a token; a chat is the contents of its messages."""
@@ -21,67 +26,14 @@ def tokenizer(max_length=512):
     bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytewise.decoder = decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bytewise,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        model_max_length=max_length,
-    )
+    named = {f"{name[1:-1]}_token": name for name in special}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bytewise, model_max_length=max_length, **named)
     fast.add_tokens(["<|im_start|>", "<|im_end|>", "<|image_pad|>"], special_tokens=True)
     fast.chat_template = (
         "{% for m in messages %}{% if m.content is string %}{{ m.role + ': ' + m.content }}"
         "{% else %}{% for c in m.content %}{{ m.role + ': ' + c.text }}{% endfor %}{% endif %}{% endfor %}"
     )
     return fast
-
-
-VOCABULARY = len(tokenizer())
-DECODER = dict(
-    vocab_size=VOCABULARY, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, bos_token_id=1,
-    eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
-
-
-def clip(width=32):
-    config = transformers.CLIPTextConfig(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=32, projection_dim=width, num_hidden_layers=2,
-        num_attention_heads=4, hidden_act="gelu", pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return transformers.CLIPTextModelWithProjection(config)
-
-
-def clip_unprojected(width=32):
-    return transformers.CLIPTextModel(clip(width).config)
-
-
-def t5(width=32, kind="T5"):
-    config = getattr(transformers, f"{kind}Config")(
-        d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=VOCABULARY, feed_forward_proj="gated-gelu"
-    )
-    return getattr(transformers, f"{kind}EncoderModel")(config)
-
-
-def qwen3(width=16, cls=transformers.Qwen3Model):
-    return cls(transformers.Qwen3Config(**DECODER, hidden_size=width, intermediate_size=16, head_dim=8))
-
-
-def qwen_vl(width=16):
-    text = DECODER | dict(
-        hidden_size=width, intermediate_size=16, rope_theta=1e6,
-        rope_scaling={"mrope_section": [1, 1, width // 4 - 2], "rope_type": "default", "type": "default"},
-    )  # fmt: skip
-    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=width)
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-    return transformers.Qwen2_5_VLForConditionalGeneration(config)
-
-
-def qwen3_vl(width=16):
-    rope = {"mrope_section": [2, 1, 1], "rope_type": "default", "rope_theta": 1e6}
-    text = DECODER | dict(hidden_size=width, intermediate_size=16, head_dim=8, rope_parameters=rope)
-    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=width)
-    return transformers.Qwen3VLModel(transformers.Qwen3VLConfig(text_config=text, vision_config=vision))
 
 
 class Processor:
@@ -98,27 +50,90 @@ class Processor:
         return [chat] if tokenize else chat
 
 
-def vae_2d(channels=4, widths=(4,)):
-    return diffusers.AutoencoderKL(
-        block_out_channels=widths,
-        down_block_types=["DownEncoderBlock2D"] * len(widths),
-        up_block_types=["UpDecoderBlock2D"] * len(widths),
-        layers_per_block=1,
-        latent_channels=channels,
-        norm_num_groups=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.06,
-        scaling_factor=1.5,
+VOCABULARY = len(tokenizer())
+DECODER = dict(
+    vocab_size=VOCABULARY, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, bos_token_id=1,
+    eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+VISION = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16)
+
+
+def clip(cls=transformers.CLIPTextModelWithProjection):
+    config = transformers.CLIPTextConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, projection_dim=32, num_hidden_layers=2,
+        num_attention_heads=4, hidden_act="gelu", pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return cls(config)
+
+
+def t5(width=32, kind="T5"):
+    config = getattr(transformers, f"{kind}Config")(
+        d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=VOCABULARY, feed_forward_proj="gated-gelu"
     )
+    return getattr(transformers, f"{kind}EncoderModel")(config)
+
+
+def qwen3(cls=transformers.Qwen3Model):
+    return cls(transformers.Qwen3Config(**DECODER, hidden_size=16, intermediate_size=16, head_dim=8))
+
+
+def qwen_vl():
+    rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}
+    text = DECODER | dict(hidden_size=16, intermediate_size=16, rope_theta=1e6, rope_scaling=rope)
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=VISION)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen3_vl():
+    rope = {"mrope_section": [2, 1, 1], "rope_type": "default", "rope_theta": 1e6}
+    text = DECODER | dict(hidden_size=16, intermediate_size=16, head_dim=8, rope_parameters=rope)
+    return transformers.Qwen3VLModel(transformers.Qwen3VLConfig(text_config=text, vision_config=VISION))
+
+
+def gemma():
+    return transformers.Gemma2Model(
+        transformers.Gemma2Config(**DECODER, hidden_size=8, intermediate_size=16, head_dim=8)
+    )
+
+
+def vae_2d(channels=4, widths=(4,), shift_factor=0.06):
+    return diffusers.AutoencoderKL(
+        block_out_channels=widths, down_block_types=["DownEncoderBlock2D"] * len(widths),
+        up_block_types=["UpDecoderBlock2D"] * len(widths), layers_per_block=1, latent_channels=channels,
+        norm_num_groups=1, use_quant_conv=False, use_post_quant_conv=False, shift_factor=shift_factor,
+        scaling_factor=1.5,
+    )  # fmt: skip
+
+
+def vae_3d(cls=diffusers.AutoencoderKLWan, channels=16):
+    return cls(
+        base_dim=8, z_dim=channels, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * channels, latents_std=[1.0] * channels,
+    )  # fmt: skip
+
+
+def vae_qwen():
+    return vae_3d(diffusers.AutoencoderKLQwenImage, 4)
+
+
+def vae_flux2(channels=4):
+    return diffusers.AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), block_out_channels=(4,),
+        layers_per_block=1, latent_channels=channels, norm_num_groups=1,
+    )  # fmt: skip
 
 
 def flow(**settings):
     return diffusers.FlowMatchEulerDiscreteScheduler(**settings)
 
 
-def build(cls, scheduler, **components):
-    pipe = cls(scheduler=scheduler, **components)
+def build(cls, scheduler, transformer, vae, *text_encoders, **components):
+    """A pipeline; each text encoder brings its tokenizer."""
+    for number, encoder in enumerate(text_encoders, 1):
+        suffix = f"_{number}" if number > 1 else ""
+        words = tokenizer(77 if "CLIP" in type(encoder).__name__ else 512)
+        components = {f"text_encoder{suffix}": encoder, f"tokenizer{suffix}": words} | components
+    pipe = cls(scheduler=scheduler, transformer=transformer, vae=vae, **components)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(1)
     for module in pipe.components.values():
@@ -130,13 +145,22 @@ def build(cls, scheduler, **components):
     return pipe
 
 
-def arguments(size, guidance="guidance_scale", negative=True, **more):
+def arguments(size, length=48, guidance="guidance_scale", negative=True, **more):
     call = dict(prompt=list(PROMPTS), height=size, width=size, num_inference_steps=4)
+    if length:
+        call["max_sequence_length"] = length
     if guidance:
         call[guidance] = 3.0
     if negative:
         call["negative_prompt"] = list(NEGATIVE)
     return call | more
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Families
+
+HEADS = dict(num_attention_heads=2, attention_head_dim=16)
+BLOCKS = HEADS | dict(num_layers=1, num_single_layers=1)
 
 
 def stable_diffusion_3(layers=2, **more):
@@ -145,61 +169,29 @@ def stable_diffusion_3(layers=2, **more):
         num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=64, pooled_projection_dim=64,
         pos_embed_max_size=16,
     )  # fmt: skip
-    pipe = build(
-        diffusers.StableDiffusion3Pipeline,
-        flow(shift=3.0),
-        transformer=transformer,
-        vae=vae_2d(),
-        text_encoder=clip(),
-        tokenizer=tokenizer(77),
-        text_encoder_2=clip(),
-        tokenizer_2=tokenizer(77),
-        text_encoder_3=t5(64),
-        tokenizer_3=tokenizer(),
-    )
-    return pipe, arguments(8, max_sequence_length=48, **more)
-
-
-def stable_diffusion_3_skip_layers():
-    return stable_diffusion_3(3, skip_guidance_layers=[1], skip_layer_guidance_start=0.0, skip_layer_guidance_stop=0.7)
+    cls, scheduler = diffusers.StableDiffusion3Pipeline, flow(shift=3.0)
+    return build(cls, scheduler, transformer, vae_2d(), clip(), clip(), t5(64)), arguments(8, **more)
 
 
 def flux(**more):
     transformer = diffusers.FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[4, 4, 8], guidance_embeds=True,
+        **BLOCKS, patch_size=1, in_channels=16, joint_attention_dim=32, pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8], guidance_embeds=True,
     )  # fmt: skip
-    pipe = build(
-        diffusers.FluxPipeline,
-        flow(use_dynamic_shifting=True, shift=3.0),
-        transformer=transformer,
-        vae=vae_2d(),
-        text_encoder=clip_unprojected(),
-        tokenizer=tokenizer(77),
-        text_encoder_2=t5(),
-        tokenizer_2=tokenizer(),
-    )
-    return pipe, arguments(8, max_sequence_length=48, negative=False, **more)
-
-
-def flux_true_cfg():
-    return flux(true_cfg_scale=2.0, negative_prompt=list(NEGATIVE))
+    scheduler = flow(use_dynamic_shifting=True, shift=3.0)
+    pipe = build(diffusers.FluxPipeline, scheduler, transformer, vae_2d(), clip(transformers.CLIPTextModel), t5())
+    return pipe, arguments(8, negative=False, **more)
 
 
 def flux2_klein():
     transformer = diffusers.Flux2Transformer2DModel(
-        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=16, timestep_guidance_channels=32, axes_dims_rope=[4, 4, 4, 4], guidance_embeds=False,
+        **BLOCKS, patch_size=1, in_channels=4, joint_attention_dim=16, timestep_guidance_channels=32,
+        axes_dims_rope=[4, 4, 4, 4], guidance_embeds=False,
     )  # fmt: skip
-    pipe = build(
-        diffusers.Flux2KleinPipeline,
-        flow(use_dynamic_shifting=True, shift=3.0),
-        transformer=transformer,
-        vae=vae_flux2(1),
-        text_encoder=qwen3(cls=transformers.Qwen3ForCausalLM),
-        tokenizer=tokenizer(),
-    )
-    return pipe, arguments(8, negative=False, max_sequence_length=48, text_encoder_out_layers=(1,))
+    scheduler = flow(use_dynamic_shifting=True, shift=3.0)
+    texts = qwen3(transformers.Qwen3ForCausalLM)
+    pipe = build(diffusers.Flux2KleinPipeline, scheduler, transformer, vae_flux2(1), texts)
+    return pipe, arguments(8, negative=False, text_encoder_out_layers=(1,))
 
 
 def qwen_image():
@@ -207,22 +199,9 @@ def qwen_image():
         patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=3,
         joint_attention_dim=16, guidance_embeds=False, axes_dims_rope=(8, 4, 4),
     )  # fmt: skip
-    pipe = build(
-        diffusers.QwenImagePipeline,
-        flow(use_dynamic_shifting=True, shift_terminal=0.02),
-        transformer=transformer,
-        vae=vae_qwen(),
-        text_encoder=qwen_vl(),
-        tokenizer=tokenizer(),
-    )
-    return pipe, arguments(32, "true_cfg_scale", max_sequence_length=192)
-
-
-def vae_qwen(cls=diffusers.AutoencoderKLQwenImage, channels=4):
-    return cls(
-        base_dim=8, z_dim=channels, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * channels, latents_std=[1.0] * channels,
-    )  # fmt: skip
+    scheduler = flow(use_dynamic_shifting=True, shift_terminal=0.02)
+    pipe = build(diffusers.QwenImagePipeline, scheduler, transformer, vae_qwen(), qwen_vl())
+    return pipe, arguments(32, 192, "true_cfg_scale")
 
 
 def z_image():
@@ -232,40 +211,7 @@ def z_image():
     )  # fmt: skip
     for name in ("x_pad_token", "cap_pad_token"):  # made by torch.empty
         torch.nn.init.ones_(getattr(transformer, name))
-    pipe = build(
-        diffusers.ZImagePipeline,
-        flow(shift=6.0),
-        transformer=transformer,
-        vae=vae_2d(widths=(4, 4)),
-        text_encoder=qwen3(),
-        tokenizer=tokenizer(),
-    )
-    return pipe, arguments(16, max_sequence_length=48)
-
-
-def gemma(cls="Gemma2Model", width=8):
-    config = transformers.Gemma2Config(**DECODER, hidden_size=width, intermediate_size=16, head_dim=8)
-    return getattr(transformers, cls)(config)
-
-
-def vae_dc():
-    return diffusers.AutoencoderDC(
-        latent_channels=4,
-        attention_head_dim=2,
-        encoder_block_types=("ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "EfficientViTBlock"),
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        encoder_qkv_multiscales=((), (5,)),
-        decoder_qkv_multiscales=((), (5,)),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-        downsample_block_type="conv",
-        upsample_block_type="interpolate",
-        decoder_norm_types="rms_norm",
-        decoder_act_fns="silu",
-        scaling_factor=0.41407,
-    )
+    return build(diffusers.ZImagePipeline, flow(shift=6.0), transformer, vae_2d(widths=(4, 4)), qwen3()), arguments(16)
 
 
 def sana():
@@ -274,33 +220,48 @@ def sana():
         num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=8,
         sample_size=32,
     )  # fmt: skip
-    pipe = build(
-        diffusers.SanaPipeline,
-        diffusers.DPMSolverMultistepScheduler(**FLOW_SIGMAS),
-        transformer=transformer,
-        vae=vae_dc(),
-        text_encoder=gemma(),
-        tokenizer=tokenizer(),
+    coder = dict(block_types=("ResBlock", "EfficientViTBlock"), block_out_channels=(8, 8), layers_per_block=(1, 1))
+    coder["qkv_multiscales"] = ((), (5,))
+    vae = diffusers.AutoencoderDC(
+        latent_channels=4, attention_head_dim=2, downsample_block_type="conv", upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.41407,
+        **{f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in coder.items()},
+    )  # fmt: skip
+    scheduler = diffusers.DPMSolverMultistepScheduler(**FLOW_SIGMAS)
+    pipe = build(diffusers.SanaPipeline, scheduler, transformer, vae, gemma())
+    return pipe, arguments(32, complex_human_instruction=["say: "], use_resolution_binning=False)
+
+
+def sana_video():
+    transformer = diffusers.SanaVideoTransformer3DModel(
+        in_channels=16, out_channels=16, num_layers=2, num_attention_heads=2, attention_head_dim=12,
+        num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=8,
+        mlp_ratio=2.5, sample_size=8, patch_size=(1, 2, 2),
+    )  # fmt: skip
+    scheduler = diffusers.DPMSolverMultistepScheduler(**FLOW_SIGMAS)
+    pipe = build(diffusers.SanaVideoPipeline, scheduler, transformer, vae_3d(), gemma())
+    return pipe, arguments(32, frames=5, complex_human_instruction=["say: "], use_resolution_binning=False)
+
+
+LUMINA = dict(
+    patch_size=2, in_channels=4, num_layers=2, num_kv_heads=1, multiple_of=16, norm_eps=1e-5, scaling_factor=1.0
+)
+
+
+def lumina():
+    transformer = diffusers.LuminaNextDiT2DModel(
+        **LUMINA, sample_size=16, hidden_size=32, num_attention_heads=2, learn_sigma=True, cross_attention_dim=8
     )
-    return pipe, arguments(
-        32, max_sequence_length=48, complex_human_instruction=["say: "], use_resolution_binning=False
-    )
+    pipe = build(diffusers.LuminaPipeline, flow(), transformer, vae_2d(), gemma())
+    return pipe, arguments(64, clean_caption=False)
 
 
 def lumina2():
     transformer = diffusers.Lumina2Transformer2DModel(
-        sample_size=4, patch_size=2, in_channels=4, hidden_size=24, num_layers=2, num_attention_heads=3,
-        num_kv_heads=1, multiple_of=16, norm_eps=1e-5, scaling_factor=1.0, axes_dim_rope=[4, 2, 2], cap_feat_dim=8,
-    )  # fmt: skip
-    pipe = build(
-        diffusers.Lumina2Pipeline,
-        flow(shift=6.0),
-        transformer=transformer,
-        vae=vae_2d(),
-        text_encoder=gemma(),
-        tokenizer=tokenizer(),
+        **LUMINA, sample_size=4, hidden_size=24, num_attention_heads=3, axes_dim_rope=[4, 2, 2], cap_feat_dim=8
     )
-    return pipe, arguments(64, max_sequence_length=48, system_prompt="draw")
+    pipe = build(diffusers.Lumina2Pipeline, flow(shift=6.0), transformer, vae_2d(), gemma())
+    return pipe, arguments(64, system_prompt="draw")
 
 
 def aura_flow():
@@ -309,15 +270,7 @@ def aura_flow():
         attention_head_dim=8, num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=32,
         pos_embed_max_size=64,
     )  # fmt: skip
-    pipe = build(
-        diffusers.AuraFlowPipeline,
-        flow(shift=1.73),
-        transformer=transformer,
-        vae=vae_2d(),
-        text_encoder=t5(kind="UMT5"),
-        tokenizer=tokenizer(),
-    )
-    return pipe, arguments(16, max_sequence_length=48)
+    return build(diffusers.AuraFlowPipeline, flow(shift=1.73), transformer, vae_2d(), t5(kind="UMT5")), arguments(16)
 
 
 def cogview4():
@@ -325,35 +278,18 @@ def cogview4():
         patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
         text_embed_dim=32, time_embed_dim=8, condition_dim=4,
     )  # fmt: skip
-    config = transformers.GlmConfig(**DECODER, hidden_size=32, intermediate_size=8, head_dim=16)
-    pipe = build(
-        diffusers.CogView4Pipeline,
-        flow(
-            base_shift=0.25, max_shift=0.75, base_image_seq_len=256, use_dynamic_shifting=True, time_shift_type="linear"
-        ),
-        transformer=transformer,
-        vae=vae_2d(widths=(4, 4)),
-        text_encoder=transformers.GlmModel(config),
-        tokenizer=tokenizer(),
-    )
-    return pipe, arguments(16, max_sequence_length=48)
+    texts = transformers.GlmModel(transformers.GlmConfig(**DECODER, hidden_size=32, intermediate_size=8, head_dim=16))
+    shifts = dict(base_shift=0.25, max_shift=0.75, base_image_seq_len=256, time_shift_type="linear")
+    scheduler = flow(use_dynamic_shifting=True, **shifts)
+    return build(diffusers.CogView4Pipeline, scheduler, transformer, vae_2d(widths=(4, 4)), texts), arguments(16)
 
 
 def chroma():
     transformer = diffusers.ChromaTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, axes_dims_rope=[4, 4, 8], approximator_hidden_dim=32, approximator_layers=1,
-        approximator_num_channels=16,
+        **BLOCKS, patch_size=1, in_channels=16, joint_attention_dim=32, axes_dims_rope=[4, 4, 8],
+        approximator_hidden_dim=32, approximator_layers=1, approximator_num_channels=16,
     )  # fmt: skip
-    pipe = build(
-        diffusers.ChromaPipeline,
-        flow(),
-        transformer=transformer,
-        vae=vae_2d(),
-        text_encoder=t5(),
-        tokenizer=tokenizer(),
-    )
-    return pipe, arguments(8, max_sequence_length=48)
+    return build(diffusers.ChromaPipeline, flow(), transformer, vae_2d(), t5()), arguments(8)
 
 
 def hunyuan_image():
@@ -366,54 +302,62 @@ def hunyuan_image():
         in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 32), layers_per_block=1,
         spatial_compression_ratio=2, sample_size=128, scaling_factor=0.476986,
     )  # fmt: skip
-    guider = diffusers.AdaptiveProjectedMixGuidance
-    pipe = build(
-        diffusers.HunyuanImagePipeline,
-        flow(shift=7.0),
-        transformer=transformer,
-        vae=vae,
-        text_encoder=qwen_vl(),
-        tokenizer=tokenizer(),
-        text_encoder_2=t5(),
-        tokenizer_2=tokenizer(),
-        guider=guider(adaptive_projected_guidance_start_step=1),  # so that momentum counts within 4 steps
-        ocr_guider=guider(adaptive_projected_guidance_start_step=1),
-    )
+    guider = partial(diffusers.AdaptiveProjectedMixGuidance, adaptive_projected_guidance_start_step=1)
+    both = dict(guider=guider(), ocr_guider=guider())  # from step 1, so that momentum counts within 4 steps
+    pipe = build(diffusers.HunyuanImagePipeline, flow(shift=7.0), transformer, vae, qwen_vl(), t5(), **both)
     pipe.tokenizer_max_length = 192  # bytes, of which the template takes most
-    return pipe, arguments(16, guidance=None)
+    return pipe, arguments(16, None, None)
 
 
-def vae_wan(channels=16):
-    return vae_qwen(diffusers.AutoencoderKLWan, channels)
+def hunyuan_video():
+    transformer = diffusers.HunyuanVideoTransformer3DModel(
+        **BLOCKS, in_channels=4, out_channels=4, num_refiner_layers=1, patch_size=1, patch_size_t=1,
+        guidance_embeds=True, text_embed_dim=16, pooled_projection_dim=32, rope_axes_dim=(4, 4, 8),
+    )  # fmt: skip
+    texts = qwen3(), clip(transformers.CLIPTextModel)
+    pipe = build(diffusers.HunyuanVideoPipeline, flow(shift=7.0), transformer, vae_hunyuan_video(), *texts)
+    template = {"template": "draw: {}", "crop_start": 6}
+    return pipe, arguments(16, num_frames=5, true_cfg_scale=2.0, prompt_template=template)
+
+
+def vae_hunyuan_video():
+    return diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+    )
+
+
+def hunyuan_video_15():
+    transformer = diffusers.HunyuanVideo15Transformer3DModel(
+        **HEADS, in_channels=9, out_channels=4, num_layers=2, num_refiner_layers=1, text_embed_dim=16,
+        text_embed_2_dim=32, image_embed_dim=12, rope_axes_dim=(4, 6, 6), target_size=16, task_type="t2v",
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(16, 16, 16), layers_per_block=1, spatial_compression_ratio=4,
+        temporal_compression_ratio=2,
+    )  # fmt: skip
+    vae.use_slicing = True  # diffusers' decoder fails on a batch
+    guider = diffusers.ClassifierFreeGuidance(guidance_scale=3.0)
+    cls, scheduler = diffusers.HunyuanVideo15Pipeline, flow(shift=7.0)
+    pipe = build(cls, scheduler, transformer, vae, qwen3(), t5(), guider=guider)
+    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 416, 64
+    return pipe, arguments(16, None, None, num_frames=5)
 
 
 def wan(boundary_ratio=None, **settings):
-    def transformer():
-        return diffusers.WanTransformer3DModel(
+    transformer, second = (
+        diffusers.WanTransformer3DModel(
             patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
             text_dim=32, freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
-        )  # fmt: skip
-
-    pipe = build(
-        diffusers.WanPipeline,
-        diffusers.UniPCMultistepScheduler(**FLOW_SIGMAS),
-        transformer=transformer(),
-        transformer_2=transformer() if boundary_ratio else None,
-        boundary_ratio=boundary_ratio,
-        vae=vae_wan(),
-        text_encoder=t5(kind="UMT5"),
-        tokenizer=tokenizer(),
-        **settings,
-    )
-    return pipe, arguments(16, num_frames=5, max_sequence_length=48)
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    scheduler = diffusers.UniPCMultistepScheduler(**FLOW_SIGMAS)
+    settings |= dict(boundary_ratio=boundary_ratio, transformer_2=second if boundary_ratio else None)
+    pipe = build(diffusers.WanPipeline, scheduler, transformer, vae_3d(), t5(kind="UMT5"), **settings)
+    return pipe, arguments(16, num_frames=5)
 
 
-def wan_two_denoisers():
-    return wan(boundary_ratio=0.8)
-
-
-def wan_expanded_timesteps():
-    return wan(expand_timesteps=True)
+LTX_FLOW = dict(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, shift_terminal=0.1)
 
 
 def ltx():
@@ -430,33 +374,14 @@ def ltx():
         decoder_causal=False,
     )  # fmt: skip
     vae.use_framewise_encoding = vae.use_framewise_decoding = False
-    pipe = build(
-        diffusers.LTXPipeline,
-        flow(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, shift_terminal=0.1),
-        transformer=transformer,
-        vae=vae,
-        text_encoder=t5(),
-        tokenizer=tokenizer(),
-    )
-    return pipe, arguments(32, num_frames=9, max_sequence_length=48)
+    return build(diffusers.LTXPipeline, flow(**LTX_FLOW), transformer, vae, t5()), arguments(32, num_frames=9)
 
 
 def ltx2():
-    text = DECODER | dict(hidden_size=16, intermediate_size=16, head_dim=8)
-    vision = dict(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
-    )
-    gemma3 = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     transformer = diffusers.LTX2VideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
         audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=4,
         audio_cross_attention_dim=8, num_layers=2, caption_channels=16, rope_double_precision=False, rope_type="split",
-    )  # fmt: skip
-    connector = dict(num_attention_heads=2, attention_head_dim=8, num_layers=1, num_learnable_registers=None)
-    connectors = diffusers.pipelines.ltx2.LTX2TextConnectors(
-        caption_channels=16, text_proj_in_factor=3, connector_rope_base_seq_len=32, rope_double_precision=False,
-        rope_theta=1e4, causal_temporal_positioning=False, rope_type="split",
-        **{f"{kind}_connector_{name}": value for kind in ("video", "audio") for name, value in connector.items()},
     )  # fmt: skip
     vae = diffusers.AutoencoderKLLTX2Video(
         latent_channels=4, block_out_channels=(8,), decoder_block_out_channels=(8,), layers_per_block=(1,),
@@ -465,6 +390,17 @@ def ltx2():
         upsample_factor=(1,), patch_size=1, patch_size_t=1,
     )  # fmt: skip
     vae.use_framewise_encoding = vae.use_framewise_decoding = False
+    text = DECODER | dict(hidden_size=16, intermediate_size=16, head_dim=8)
+    vision = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    gemma3 = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    connector = dict(num_attention_heads=2, attention_head_dim=8, num_layers=1, num_learnable_registers=None)
+    connectors = diffusers.pipelines.ltx2.LTX2TextConnectors(
+        caption_channels=16, text_proj_in_factor=3, connector_rope_base_seq_len=32, rope_double_precision=False,
+        rope_theta=1e4, causal_temporal_positioning=False, rope_type="split",
+        **{f"{kind}_connector_{name}": value for kind in ("video", "audio") for name, value in connector.items()},
+    )  # fmt: skip
     sound = diffusers.AutoencoderKLLTX2Audio(
         base_channels=4, output_channels=2, ch_mult=(1,), num_res_blocks=1, in_channels=2, resolution=32,
         latent_channels=2, mid_block_add_attention=False, mel_bins=8,
@@ -474,35 +410,10 @@ def ltx2():
         resnet_kernel_sizes=[3], resnet_dilations=[[1, 3, 5]], output_sampling_rate=16000,
     )  # fmt: skip
     pipe = build(
-        diffusers.LTX2Pipeline,
-        flow(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, shift_terminal=0.1),
-        transformer=transformer,
-        vae=vae,
-        audio_vae=sound,
-        text_encoder=transformers.Gemma3ForConditionalGeneration(gemma3),
-        tokenizer=tokenizer(),
-        connectors=connectors,
-        vocoder=vocoder,
-    )
-    return pipe, arguments(
-        32, num_frames=5, frame_rate=25.0, max_sequence_length=48, spatio_temporal_guidance_blocks=[1]
-    )
-
-
-def lumina():
-    transformer = diffusers.LuminaNextDiT2DModel(
-        sample_size=16, patch_size=2, in_channels=4, hidden_size=32, num_layers=2, num_attention_heads=2,
-        num_kv_heads=1, multiple_of=16, norm_eps=1e-5, learn_sigma=True, cross_attention_dim=8, scaling_factor=1.0,
+        diffusers.LTX2Pipeline, flow(**LTX_FLOW), transformer, vae,
+        transformers.Gemma3ForConditionalGeneration(gemma3), audio_vae=sound, connectors=connectors, vocoder=vocoder,
     )  # fmt: skip
-    pipe = build(
-        diffusers.LuminaPipeline,
-        flow(),
-        transformer=transformer,
-        vae=vae_2d(),
-        text_encoder=gemma(),
-        tokenizer=tokenizer(),
-    )
-    return pipe, arguments(64, max_sequence_length=48, clean_caption=False)
+    return pipe, arguments(32, num_frames=5, frame_rate=25.0, spatio_temporal_guidance_blocks=[1])
 
 
 def mochi():
@@ -514,163 +425,66 @@ def mochi():
         latent_channels=12, encoder_block_out_channels=(32, 32, 32, 32), decoder_block_out_channels=(32, 32, 32, 32),
         layers_per_block=(1, 1, 1, 1, 1), temporal_expansions=(1, 2, 3), spatial_expansions=(2, 2, 2),
     )  # fmt: skip
-    pipe = build(
-        diffusers.MochiPipeline,
-        flow(invert_sigmas=True),
-        transformer=transformer,
-        vae=vae,
-        text_encoder=t5(),
-        tokenizer=tokenizer(),
-    )
-    return pipe, arguments(16, num_frames=7, max_sequence_length=48)
+    pipe = build(diffusers.MochiPipeline, flow(invert_sigmas=True), transformer, vae, t5())
+    return pipe, arguments(16, num_frames=7)
 
 
 def bria():
     transformer = diffusers.BriaTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, axes_dims_rope=[4, 4, 8],
-    )  # fmt: skip
-    pipe = build(
-        diffusers.BriaPipeline,
-        flow(use_dynamic_shifting=True),
-        transformer=transformer,
-        vae=diffusers.AutoencoderKL(**dict(vae_2d(widths=(4, 4)).config) | {"shift_factor": None}),
-        text_encoder=t5(),
-        tokenizer=tokenizer(),
+        **BLOCKS, patch_size=1, in_channels=16, joint_attention_dim=32, axes_dims_rope=[4, 4, 8]
     )
-    return pipe, arguments(16, max_sequence_length=48)
+    vae = vae_2d(widths=(4, 4), shift_factor=None)
+    return build(diffusers.BriaPipeline, flow(use_dynamic_shifting=True), transformer, vae, t5()), arguments(16)
+
+
+def bria_fibo():
+    transformer = diffusers.BriaFiboTransformer2DModel(
+        **BLOCKS, patch_size=1, in_channels=16, joint_attention_dim=32, text_encoder_dim=16, axes_dims_rope=[4, 4, 8]
+    )
+    cls, scheduler = diffusers.BriaFiboPipeline, flow(use_dynamic_shifting=True)
+    return build(cls, scheduler, transformer, vae_3d(), qwen3(transformers.Qwen3ForCausalLM)), arguments(32)
 
 
 def ovis():
     transformer = diffusers.OvisImageTransformer2DModel(
-        patch_size=1, in_channels=16, out_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=[4, 4, 8],
-    )  # fmt: skip
-    pipe = build(
-        diffusers.OvisImagePipeline,
-        flow(use_dynamic_shifting=True),
-        transformer=transformer,
-        vae=vae_2d(widths=(4, 4)),
-        text_encoder=qwen3(),
-        tokenizer=tokenizer(),
+        **BLOCKS, patch_size=1, in_channels=16, out_channels=16, joint_attention_dim=16, axes_dims_rope=[4, 4, 8]
     )
-    return pipe, arguments(16, max_sequence_length=160)
+    cls, scheduler = diffusers.OvisImagePipeline, flow(use_dynamic_shifting=True)
+    return build(cls, scheduler, transformer, vae_2d(widths=(4, 4)), qwen3()), arguments(16, 160)
 
 
-def kandinsky5_parts(vae):
+def kandinsky5(cls=diffusers.Kandinsky5T2IPipeline, make_vae=vae_2d, size=64, length=256, **more):
     transformer = diffusers.Kandinsky5Transformer3DModel(
         in_visual_dim=4, in_text_dim=16, in_text_dim2=32, time_dim=16, out_visual_dim=4, patch_size=(1, 2, 2),
         model_dim=32, ff_dim=32, num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 2, 2),
     )  # fmt: skip
-    return dict(
-        transformer=transformer,
-        vae=vae,
-        text_encoder=qwen_vl(),
-        tokenizer=tokenizer(1024),
-        text_encoder_2=clip_unprojected(),
-        tokenizer_2=tokenizer(77),
-    )
-
-
-def kandinsky5():
-    pipe = build(diffusers.Kandinsky5T2IPipeline, flow(shift=5.0), **kandinsky5_parts(vae_2d()))
-    pipe.resolutions = [(64, 64)]
-    return pipe, arguments(64, max_sequence_length=256)
+    texts = qwen_vl(), clip(transformers.CLIPTextModel)
+    pipe = build(cls, flow(shift=5.0), transformer, make_vae(), *texts, tokenizer=tokenizer(1024))
+    pipe.resolutions = [(64, 64)]  # of the pipeline of images
+    return pipe, arguments(size, length, **more)
 
 
 def krea2():
     transformer = diffusers.Krea2Transformer2DModel(
-        in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=32, timestep_embed_dim=16, text_hidden_dim=16, num_text_layers=2, text_num_attention_heads=2,
-        text_num_key_value_heads=2, text_intermediate_size=16, num_layerwise_text_blocks=1, num_refiner_text_blocks=1,
-        axes_dims_rope=(4, 6, 6),
+        **HEADS, in_channels=16, num_layers=2, num_key_value_heads=1, intermediate_size=32, timestep_embed_dim=16,
+        text_hidden_dim=16, num_text_layers=2, text_num_attention_heads=2, text_num_key_value_heads=2,
+        text_intermediate_size=16, num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
-    pipe = build(
-        diffusers.Krea2Pipeline,
-        flow(use_dynamic_shifting=True),
-        transformer=transformer,
-        vae=vae_qwen(),
-        text_encoder=qwen3_vl(),
-        tokenizer=tokenizer(),
-        text_encoder_select_layers=(1, 2),
-    )
-    return pipe, arguments(32, max_sequence_length=256)
-
-
-def vae_hunyuan_video():
-    return diffusers.AutoencoderKLHunyuanVideo(
-        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
-    )
-
-
-def hunyuan_video():
-    transformer = diffusers.HunyuanVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1,
-        num_single_layers=1, num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True,
-        text_embed_dim=16, pooled_projection_dim=32, rope_axes_dim=(4, 4, 8),
-    )  # fmt: skip
-    pipe = build(
-        diffusers.HunyuanVideoPipeline,
-        flow(shift=7.0),
-        transformer=transformer,
-        vae=vae_hunyuan_video(),
-        text_encoder=qwen3(),
-        tokenizer=tokenizer(),
-        text_encoder_2=clip_unprojected(),
-        tokenizer_2=tokenizer(77),
-    )
-    template = {"template": "draw: {}", "crop_start": 6}
-    return pipe, arguments(16, num_frames=5, max_sequence_length=48, true_cfg_scale=2.0, prompt_template=template)
+    cls, scheduler = diffusers.Krea2Pipeline, flow(use_dynamic_shifting=True)
+    pipe = build(cls, scheduler, transformer, vae_qwen(), qwen3_vl(), text_encoder_select_layers=(1, 2))
+    return pipe, arguments(32, 256)
 
 
 def hidream():
     transformer = diffusers.HiDreamImageTransformer2DModel(
-        patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, caption_channels=[32, 16], text_emb_dim=64, num_routed_experts=2,
-        num_activated_experts=2, axes_dims_rope=(8, 4, 4), max_resolution=(16, 16), llama_layers=[0, 1],
+        **BLOCKS, patch_size=2, in_channels=4, out_channels=4, caption_channels=[32, 16], text_emb_dim=64,
+        num_routed_experts=2, num_activated_experts=2, axes_dims_rope=(8, 4, 4), max_resolution=(16, 16),
+        llama_layers=[0, 1],
     )  # fmt: skip
-    pipe = build(
-        diffusers.HiDreamImagePipeline,
-        flow(shift=3.0),
-        transformer=transformer,
-        vae=vae_2d(),
-        text_encoder=clip(),
-        tokenizer=tokenizer(77),
-        text_encoder_2=clip(),
-        tokenizer_2=tokenizer(77),
-        text_encoder_3=t5(),
-        tokenizer_3=tokenizer(),
-        text_encoder_4=qwen3(cls=transformers.Qwen3ForCausalLM),
-        tokenizer_4=tokenizer(),
-    )
+    texts = clip(), clip(), t5(), qwen3(transformers.Qwen3ForCausalLM)
+    pipe = build(diffusers.HiDreamImagePipeline, flow(shift=3.0), transformer, vae_2d(), *texts)
     pipe.default_sample_size = 8
-    return pipe, arguments(16, max_sequence_length=48)
-
-
-def sana_video():
-    transformer = diffusers.SanaVideoTransformer3DModel(
-        in_channels=16, out_channels=16, num_layers=2, num_attention_heads=2, attention_head_dim=12,
-        num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=8,
-        mlp_ratio=2.5, sample_size=8, patch_size=(1, 2, 2),
-    )  # fmt: skip
-    pipe = build(
-        diffusers.SanaVideoPipeline,
-        diffusers.DPMSolverMultistepScheduler(**FLOW_SIGMAS),
-        transformer=transformer,
-        vae=vae_wan(),
-        text_encoder=gemma(),
-        tokenizer=tokenizer(),
-    )
-    return pipe, arguments(
-        32, frames=5, max_sequence_length=48, complex_human_instruction=["say: "], use_resolution_binning=False
-    )
-
-
-def vae_flux2(channels=4, widths=(4,)):
-    return diffusers.AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),
-        block_out_channels=widths, layers_per_block=1, latent_channels=channels, norm_num_groups=1,
-    )  # fmt: skip
+    return pipe, arguments(16)
 
 
 def ernie():
@@ -678,149 +492,75 @@ def ernie():
         hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=32, in_channels=16, out_channels=16,
         patch_size=1, text_in_dim=16, rope_axes_dim=(4, 6, 6),
     )  # fmt: skip
-    pipe = build(
-        diffusers.ErnieImagePipeline,
-        flow(shift=4.0),
-        transformer=transformer,
-        vae=vae_flux2(),
-        text_encoder=qwen3(),
-        tokenizer=tokenizer(),
-        pe=None,
-        pe_tokenizer=None,
-    )
-    return pipe, arguments(16, use_pe=False)
+    cls, scheduler = diffusers.ErnieImagePipeline, flow(shift=4.0)
+    pipe = build(cls, scheduler, transformer, vae_flux2(), qwen3(), pe=None, pe_tokenizer=None)
+    return pipe, arguments(16, None, use_pe=False)
 
 
 def qwen_image_21():
     transformer = diffusers.QwenImage21Transformer2DModel(
-        patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-        context_in_dim=16, mlp_ratio=2, axes_dims_rope=(4, 6, 6),
+        **HEADS, patch_size=1, in_channels=4, out_channels=4, num_layers=2, context_in_dim=16, mlp_ratio=2,
+        axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     vae = diffusers.AutoencoderKLQwenImage21(
         base_dim=8, decoder_base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )  # fmt: skip
-    pipe = build(
-        diffusers.QwenImage21Pipeline,
-        flow(shift=3.0),
-        transformer=transformer,
-        vae=vae,
-        text_encoder=qwen3(cls=transformers.Qwen3ForCausalLM),
-        processor=Processor(),
-    )
-    return pipe, arguments(64, "true_cfg_scale", use_kv_cache=False)
+    texts = dict(text_encoder=qwen3(transformers.Qwen3ForCausalLM), processor=Processor())
+    pipe = build(diffusers.QwenImage21Pipeline, flow(shift=3.0), transformer, vae, **texts)
+    return pipe, arguments(64, None, "true_cfg_scale", use_kv_cache=False)
 
 
 def longcat():
     transformer = diffusers.LongCatImageTransformer2DModel(
-        patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=[4, 4, 8],
+        **BLOCKS, patch_size=1, in_channels=64, joint_attention_dim=16, pooled_projection_dim=16,
+        axes_dims_rope=[4, 4, 8],
     )  # fmt: skip
-    pipe = build(
-        diffusers.LongCatImagePipeline,
-        flow(use_dynamic_shifting=True),
-        transformer=transformer,
-        vae=vae_2d(16),
-        text_encoder=qwen_vl(),
-        tokenizer=tokenizer(),
-        text_processor=tokenizer(),
-    )
+    cls, scheduler = diffusers.LongCatImagePipeline, flow(use_dynamic_shifting=True)
+    pipe = build(cls, scheduler, transformer, vae_2d(16), qwen_vl(), text_processor=tokenizer())
     pipe.tokenizer_max_length = 48
-    return pipe, arguments(16, enable_prompt_rewrite=False)
+    return pipe, arguments(16, None, enable_prompt_rewrite=False)
 
 
 def motif_video():
     transformer = diffusers.MotifVideoTransformer3DModel(
-        in_channels=33, out_channels=16, num_attention_heads=2, attention_head_dim=16, num_layers=1,
-        num_single_layers=1, patch_size=2, text_embed_dim=16, rope_axes_dim=(4, 6, 6),
-    )  # fmt: skip
-    pipe = build(
-        diffusers.MotifVideoPipeline,
-        flow(shift=15.0),
-        transformer=transformer,
-        vae=vae_wan(),
-        text_encoder=qwen3(),
-        tokenizer=tokenizer(),
-        guider=diffusers.AdaptiveProjectedGuidance(adaptive_projected_guidance_momentum=-0.5),
+        **BLOCKS, in_channels=33, out_channels=16, patch_size=2, text_embed_dim=16, rope_axes_dim=(4, 6, 6)
     )
-    return pipe, arguments(32, guidance=None, num_frames=5, max_sequence_length=48)
-
-
-def hunyuan_video_15():
-    transformer = diffusers.HunyuanVideo15Transformer3DModel(
-        in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
-        num_refiner_layers=1, text_embed_dim=16, text_embed_2_dim=32, image_embed_dim=12, rope_axes_dim=(4, 6, 6),
-        target_size=16, task_type="t2v",
-    )  # fmt: skip
-    vae = diffusers.AutoencoderKLHunyuanVideo15(
-        latent_channels=4, block_out_channels=(16, 16, 16), layers_per_block=1, spatial_compression_ratio=4,
-        temporal_compression_ratio=2,
-    )  # fmt: skip
-    vae.use_slicing = True  # diffusers' decoder fails on a batch
-    pipe = build(
-        diffusers.HunyuanVideo15Pipeline,
-        flow(shift=7.0),
-        transformer=transformer,
-        vae=vae,
-        text_encoder=qwen3(),
-        tokenizer=tokenizer(),
-        text_encoder_2=t5(),
-        tokenizer_2=tokenizer(),
-        guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0),
-    )
-    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 416, 64
-    return pipe, arguments(16, guidance=None, num_frames=5)
+    guider = diffusers.AdaptiveProjectedGuidance(adaptive_projected_guidance_momentum=-0.5)
+    cls, scheduler = diffusers.MotifVideoPipeline, flow(shift=15.0)
+    return build(cls, scheduler, transformer, vae_3d(), qwen3(), guider=guider), arguments(32, 48, None, num_frames=5)
 
 
 def nucleus_moe():
     transformer = diffusers.NucleusMoEImageTransformer2DModel(
-        patch_size=2, in_channels=16, out_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=16, axes_dims_rope=(4, 6, 6), num_experts=4, moe_intermediate_dim=16,
+        **HEADS, patch_size=2, in_channels=16, out_channels=4, num_layers=3, joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6), num_experts=4, moe_intermediate_dim=16,
         dense_moe_strategy="leave_first_block_dense", capacity_factors=2.0,
     )  # fmt: skip
     for name, weight in transformer.named_parameters():
         if name.endswith(("gate_up_proj", "down_proj")):  # which it leaves as the memory was
             torch.nn.init.normal_(weight, std=0.1)
-    pipe = build(
-        diffusers.NucleusMoEImagePipeline,
-        flow(use_dynamic_shifting=True),
-        transformer=transformer,
-        vae=vae_qwen(),
-        text_encoder=qwen3_vl(),
-        processor=Processor(),
-    )
-    return pipe, arguments(32, max_sequence_length=512, return_index=-1)
+    scheduler, texts = flow(use_dynamic_shifting=True), dict(text_encoder=qwen3_vl(), processor=Processor())
+    pipe = build(diffusers.NucleusMoEImagePipeline, scheduler, transformer, vae_qwen(), **texts)
+    return pipe, arguments(32, 512, return_index=-1)
 
 
-def bria_fibo():
-    transformer = diffusers.BriaFiboTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, text_encoder_dim=16, axes_dims_rope=[4, 4, 8],
-    )  # fmt: skip
-    pipe = build(
-        diffusers.BriaFiboPipeline,
-        flow(use_dynamic_shifting=True),
-        transformer=transformer,
-        vae=vae_wan(),
-        text_encoder=qwen3(cls=transformers.Qwen3ForCausalLM),
-        tokenizer=tokenizer(),
-    )
-    return pipe, arguments(32, max_sequence_length=48)
-
-
-def kandinsky5_video():
-    pipe = build(diffusers.Kandinsky5T2VPipeline, flow(shift=5.0), **kandinsky5_parts(vae_hunyuan_video()))
-    return pipe, arguments(32, num_frames=5, max_sequence_length=640)
-
-
-CORE = {f.__name__: f for f in (stable_diffusion_3, flux, z_image, wan)}
+CORE = {family.__name__: family for family in (stable_diffusion_3, flux, z_image, wan)}
 FAMILIES = CORE | {
-    f.__name__: f
-    for f in (
-        stable_diffusion_3_skip_layers, flux_true_cfg, flux2_klein, qwen_image, sana, lumina2, aura_flow, cogview4,
-        chroma, hunyuan_image, wan_two_denoisers, wan_expanded_timesteps, ltx, ltx2,
-        lumina, mochi, bria, ovis, kandinsky5, krea2, hunyuan_video, hidream, sana_video, ernie,
-        qwen_image_21, longcat, motif_video, hunyuan_video_15, nucleus_moe, bria_fibo, kandinsky5_video,
+    family.__name__: family
+    for family in (
+        flux2_klein, qwen_image, sana, lumina2, aura_flow, cogview4, chroma, hunyuan_image, ltx, ltx2, lumina, mochi,
+        bria, ovis, kandinsky5, krea2, hunyuan_video, hidream, sana_video, ernie, qwen_image_21, longcat, motif_video,
+        hunyuan_video_15, nucleus_moe, bria_fibo,
     )
 }  # fmt: skip
+SKIPPED = dict(skip_guidance_layers=[1], skip_layer_guidance_start=0.0, skip_layer_guidance_stop=0.7)
+VIDEO = dict(make_vae=vae_hunyuan_video, size=32, length=640, num_frames=5)
+FAMILIES |= {
+    "stable_diffusion_3_skip_layers": partial(stable_diffusion_3, 3, **SKIPPED),
+    "flux_true_cfg": partial(flux, true_cfg_scale=2.0, negative_prompt=list(NEGATIVE)),
+    "wan_two_denoisers": partial(wan, boundary_ratio=0.8),
+    "wan_expanded_timesteps": partial(wan, expand_timesteps=True),
+    "kandinsky5_video": partial(kandinsky5, diffusers.Kandinsky5T2VPipeline, **VIDEO),
+}
 OTHER_TARGETS = {"kandinsky5", "kandinsky5_video"}  # none of their layers has a name in the default target_modules

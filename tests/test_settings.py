@@ -1,0 +1,342 @@
+"""Settings: four layers, YAML, and every refusal: the key, the value, what would do; status 2, nothing is loaded."""
+
+import importlib
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import read_csv
+
+import common
+import grpo
+import nft
+from harness import arguments, checks, fields, machine
+from harness import run as harness_run
+from harness.fields import to_yaml
+from harness.settings import HERE, RunArgs
+
+
+def parse(*argv, Args=grpo.Args):
+    return arguments.parse_args(Args, "", [*map(str, argv)])
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Write a --config; returns the two words that name it."""
+    path = tmp_path / "c.yaml"
+    return lambda text, encoding=None: path.write_text(text, encoding) and ("--config", str(path))
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A copy of the embedded model without its weights."""
+    return shutil.copytree(RunArgs.model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+# Four layers: the script < the model's defaults.yaml < --config < the command line
+
+
+def test_precedence(tmp_path, config):
+    (tmp_path / "defaults.yaml").write_text(
+        "prompts: p.txt\ncall: {a: 1}\ntrain: {group_size: 4, learning_rate: 5e-5, train_steps: [1, 2]}\n"
+        "trainers: {grpo: {train: {noise_level: 0.5}}, nft: {train: {noise_level: 0.1}}}\n"
+    )
+    text = "train: {group_size: 6, global_std: true, resolution: [32, 48], train_steps: null}\nreward: {mine.py:f: 1}"
+    args, said = parse("--model", tmp_path, *config(text), "--train.kl-beta", 0, "--call", "b=two words")
+    train = args.train
+    assert (train.group_size, train.learning_rate, train.noise_level, train.kl_beta) == (6, 5e-5, 0.5, 0)
+    assert train.global_std is True and train.resolution == (32, 48) and train.train_steps is None
+    assert args.call == {"a": 1, "b": "two words"} and Path(args.prompts).resolve() == tmp_path / "p.txt"
+    assert said == [
+        f"from {os.path.relpath(tmp_path / 'defaults.yaml')}: 3 settings; all are in args.yaml",
+        f"from {tmp_path}/c.yaml: train.group_size 6, train.train_steps None, train.global_std True, "
+        "train.resolution (32, 48), reward {'mine.py:f': 1.0}",
+        f"from you: model {tmp_path}, call {{'a': 1, 'b': 'two words'}}, train.kl_beta 0.0",
+        f"note: {tmp_path}/c.yaml names rewards of mine.py, whose code will run",
+    ]
+    assert not any("note" in line for line in parse("--reward", "mine.py:f=1")[1])  # one's own words are no news
+
+
+def test_exponents_make_numbers_and_a_byte_order_mark_is_no_text(config):
+    text = (
+        "reward: {shapes: 1e-1}\nreward_options: {a.b: 1E+1}\ncall: {a: -.5e1, b: '1e-1', c: 1e, d: 5.e2}\n"
+        "train: {learning_rate: 1e-4}"
+    )
+    args, _ = parse(*config(text, "utf-8-sig"), "--call", "e=1e1", "f=1.0", "g=1e-7x")
+    assert args.reward == {"shapes": 0.1} and args.train.learning_rate == 1e-4 and args.reward_options == {"a.b": 10.0}
+    values = {"a": -5.0, "b": "1e-1", "c": "1e", "d": 500.0, "e": 10.0, "f": 1.0, "g": "1e-7x"}
+    assert {key: args.call[key] for key in values} == values
+    assert fields.from_yaml(to_yaml(values)) == values
+
+
+def test_a_copied_script_is_told_what_it_lost_or_keeps_it(tmp_path, monkeypatch, config, ends):
+    source, argv = (HERE / "grpo.py").read_text(), config("train: {trainer_type: grpo, seed: 3}")
+    source = source.replace("    clip_range: Positive", "    clip: Positive")
+    for name, types in (("alone", '"mine"'), ("with_grpo", '"mine", "grpo"')):
+        (tmp_path / f"{name}.py").write_text(source.replace('["grpo"] = "grpo"', f'[{types}] = "mine"'))
+    monkeypatch.syspath_prepend(tmp_path)
+    alone, with_grpo = (importlib.import_module(name).Args for name in ("alone", "with_grpo"))
+    args, said = parse(Args=alone)
+    lost = "grpo: train_steps num_train_steps learning_rate clip_range, grpo-guard: train_steps "
+    assert args.train.train_steps is None and lost in said[0] and "none for 'mine'" in said[0] and "\n" not in said[0]
+    assert "trainer_type: Literal['mine', 'grpo'] in the script takes one's" in said[0]
+    refused = ends(lambda: parse(*argv, Args=alone))
+    assert "train.trainer_type = 'grpo'" in refused and "this script is the trainer 'mine'" in refused
+    args, said = parse(*argv, Args=with_grpo)
+    assert args.train.train_steps == [3, 4, 5] and args.train.seed == 3 and args.train.trainer_type == "mine"
+    assert "sets clip_range for grpo, which this script does not have" in said[0] and "none for" not in "".join(said)
+
+
+# Types and bounds: what no field takes, from a YAML file
+
+FIELDS = {**fields.flatten(nft.Args()), **fields.flatten(grpo.Args())}
+FLOATS = " ".join(key for key, value in FIELDS.items() if type(value) is float)
+SWITCHES = " ".join(key for key, value in FIELDS.items() if type(value) is bool)
+OTHERS = " ".join(FIELDS.keys() - {*SWITCHES.split(), "train.trainer_type", "config", "resume"})
+NOT_TAKEN = [
+    ("0", "must be at least 1", "cpu_threads lora_rank checkpoint_freq keep_checkpoints train.num_inference_steps "
+    "train.per_device_batch_size train.unique_sample_num_per_epoch train.num_inner_epochs train.ema_update_interval "
+    "eval.num_inference_steps eval.per_device_batch_size eval.images_per_prompt eval.eval_freq"),
+    ("1", "must be at least 2", "train.group_size"),
+    ("-1", "must be at least 0", "train.max_epochs train.learning_rate train.kl_beta train.ema_decay eval.seed "
+    "train.guidance_scale train.adam_epsilon train.adam_weight_decay train.seed train.old_decay_start "
+    "train.old_decay_slope train.old_decay_max train.shift_interval eval.guidance_scale"),
+    ("0", "must be above 0", "lora_alpha train.clip_range train.adv_clip_range train.max_grad_norm train.noise_level "
+    "train.nft_beta"),
+    ("1", "must be below 1", "train.ema_decay train.old_decay_max"),
+    ("[0.9, 1]", "must be below 1", "train.adam_betas"),
+    ("[-0.1, 0.9]", "must be at least 0", "train.adam_betas"),
+    ("4294967296", "must be at most 4294967295", "train.seed eval.seed"),
+    ("4097", "must be at most 4096", "cpu_threads"),
+    ("10001", "must be at most 10000", "lora_rank train.num_inference_steps train.num_inner_epochs "
+    "eval.num_inference_steps"),
+    (".nan", "should be a finite number", FLOATS),
+    (".inf", "should be a finite number", FLOATS),
+    ("1", "true and false are for on-off", SWITCHES),
+    ("true", "", OTHERS),
+    ("{shapes: true}", "true and false are for on-off", "reward eval.reward"),
+    ("[0, true]", "true and false are for on-off", "train.train_steps train.resolution"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value, words, keys", NOT_TAKEN)
+def test_what_no_field_takes(value, words, keys, config, ends):
+    assert keys
+    for key in keys.split():
+        *section, name = key.split(".")
+        argv = config(f"{section[0]}: {{{name}: {value}}}" if section else f"{name}: {value}")
+        said = ends(lambda: parse(*argv, Args=grpo.Args if key in fields.flatten(grpo.Args()) else nft.Args))  # noqa: B023
+        assert said.startswith(f"error: {key} = {yaml.safe_load(value)!r} (from {argv[1]}): {words}"), said
+        assert said.count("\n") == 1
+
+
+LEVELS = "--eval.num-inference-steps 4 --call"  # as many as those of training
+REFUSALS = [
+    ("--train.dynamics-type ODE", "train.dynamics_type = 'ODE'", "nft.py"),
+    ("--train.train-steps 1 9", "train.train_steps = [1, 9]", "from 0 to 3"),
+    ("--train.train-steps 1 1", "train.train_steps = [1, 1]", "different"),
+    ("--train.dynamics-type CPS --train.train-steps 3", "train.train_steps = [3]", "CPS has no noise"),
+    ("--train.dynamics-type CPS --train.noise-level 1.1", "train.noise_level = 1.1", "CPS takes at most 1"),
+    ("--train.train-steps 1 2 --train.num-train-steps 3", "train.num_train_steps = 3", "must be 1 to 2, or None"),
+    ("--train.tail-steps 0", "train.tail_steps = 0", "1 to that many"),
+    ("--train.tail-steps 2", "train.tail_steps = 2", "step is 2 or later, and after it come at most 1 steps"),
+    ("--train.train-steps 2 0 1 --train.num-train-steps 2 --train.tail-steps 3", "train.tail_steps = 3", "at most 2"),
+    ("--train.shift-interval 25", "train.shift_interval = 25", "train.num_train_steps steps, which is None; set that"),
+    ("--train.per-device-batch-size 3", "train.per_device_batch_size = 3", "2 would"),
+    ("--train.gradient-step-per-epoch 3", "train.gradient_step_per_epoch = 3", "one of [1, 2]"),
+    ("--train.resolution 33", "train.resolution = 33", "multiples of 8"),
+    ("--eval.resolution 32 4096", "eval.resolution = (32, 4096)", "at most"),
+    ("--train.unique-sample-num-per-epoch 250001", "num_per_epoch = 250001", "makes 1000004 images an epoch"),
+    ("--eval.images-per-prompt 500001", "eval.images_per_prompt = 500001", "1000002 images an evaluation (2 prompts)"),
+    ("--train.num-inference-steps 1", "train.num_inference_steps = 1", "None is all but the last step, so none"),
+    ("--call max_sequence_lenght=1", "call = 'max_sequence_lenght'", "did you mean max_sequence_length?"),
+    ("--call prompt_2=a", "call = 'prompt_2=a'", "set by the script"),
+    ("--call prompt_embeds=3", "call = 'prompt_embeds'", "takes a tensor or a function"),
+    ("--call max_sequence_length=a", "call = 'max_sequence_length=a'", "takes int there"),
+    ("--call callback_on_step_end=3", "call = 'callback_on_step_end'", "takes a tensor or a function"),
+    ("--call sigmas=3", "call = 'sigmas=3'", "as long as train.num_inference_steps and eval.num_inference_steps"),
+    ("--call sigmas=[1.0,0.5]", "call = 'sigmas=[1.0, 0.5]'", "must be a list as long"),  # as those of evaluation
+    (f"{LEVELS} sigmas=[a,b,c,d]", "sigmas=['a', 'b', 'c', 'd']", "must be numbers above 0"),
+    (f"{LEVELS} sigmas=[1,1,1,1]", "call = 'sigmas=[1, 1, 1, 1]'", "below the one before it"),
+    (f"{LEVELS} sigmas=[.inf,3,2,1]", "sigmas=[inf, 3, 2, 1]", "below the one before it"),
+    (f"{LEVELS} sigmas=[.8,.6,.4,.2]", "sigmas=[0.8, 0.6, 0.4, 0.2]", "must begin near 1:"),
+    (f"{LEVELS} timesteps=[3,2,1,0]", "call = 'timesteps=[3, 2, 1, 0]'", "must be numbers above 0"),
+    ("--call self=1", "call = 'self'", "takes no such argument"),
+    ("--call negative_prompt=[&a,*a]", "negative_prompt=[&a,*a]", "found an alias, *a; write the value out"),
+    ("--call negative_prompt=2001-99-99", "negative_prompt=2001-99-99", "month must be in 1..12"),
+    ("--reward shapes=a", "shapes=a", "is not a number"),
+    ("--reward shapes=nan", "reward = {'shapes': nan}", "finite"),
+    ("--reward shapes=1 shapes=2", "shapes", "given twice"),
+    ("--reward shape=1", "reward", "did you mean shapes?"),
+    ("--reward nowhere.py:f=1", "reward", "there is no file nowhere.py"),
+    ("--reward", "reward", "name at least one"),
+    ("--run-name a/b", "run_name = 'a/b'", "without a path"),
+    ("--prompts /dev/null", "prompts = '/dev/null'", "is no file"),
+    ("--prompts /tmp", "prompts = '/tmp'", "is a folder"),
+    ("--eval.prompts nowhere.txt", "eval.prompts = 'nowhere.txt'", "no such file"),
+    (f"--model {'x' * 300}", "model = 'xxx", "no diffusers folder"),
+    ("--config nowhere.yaml", "--config = 'nowhere.yaml'", "no such file"),
+    ("--resume", "Missing value", "--resume"),
+    ("--resume=", "--resume = ''", "names nothing"),
+    (f"--resume {'x' * 300}", "resume = 'xxx", "there is no run"),
+    ("--device quantum", "device = 'quantum'", "quantum"),
+    ("--device meta", "device = 'meta'", "no data"),
+    ("--train.trainer-type nft", "--train.trainer-type", "grpo"),
+    ("--train.kl-betta 1", "--train.kl-betta", "--train.kl-beta"),
+    ("--train.clip-range much", "--train.clip-range", "much"),
+]
+
+
+@pytest.mark.parametrize("options, what, remedy", REFUSALS)
+def test_refusals(refused, options, what, remedy):
+    message = refused(*options.split())
+    assert what in message and remedy in message
+
+
+@pytest.mark.parametrize(
+    "text, what, remedy",
+    [
+        ("train: {kl_betta: 0.1}", "train.kl_betta = 0.1 (from @)", "unknown key; did you mean train.kl_beta?"),
+        ("learning_rate: 1", "learning_rate", "did you mean train.learning_rate?"),
+        ("train.seed: 3", "train.seed", "as a mapping of its own, not with a dot"),
+        ("train: {trainer_type: nft}", "trainer_type = 'nft'", "nft.py"),
+        ("train: {trainer_type: [grpo]}", "trainer_type = ['grpo']", "another script"),
+        ("resume: runs/other", "resume = 'runs/other'", "give --resume on the command line"),
+        ("trainers: {grpo: {config: c.yaml}}", "config = 'c.yaml'", "give --config on the command line"),
+        ("train: 3", "train = 3", "mapping"),
+        ("train: {group_size: many}", "train.group_size = 'many'", "should be a valid integer"),
+        ("reward: {shapes: null}", "reward = {'shapes': None}", "cannot be null"),
+        ("- 1", "--config", "no mapping"),
+        ("trainers: {grpo: 3}", "--config", "no mapping"),
+        ("a: [", "--config", "not a YAML file"),
+        ("seed: !!bool x", "--config", "not a YAML file"),
+        ("run_name: 2001-99-99", "--config", "month must be in 1..12"),
+        ("reward: &r {shapes: *r}", "--config", "found an alias, *r; write the value out"),
+        ("train: &t {seed: 1}\neval: *t", "--config", "found an alias, *t; write the value out"),
+        ("lora_rank: 3\nlora_rank: 4", "--config", "'lora_rank' is given twice"),
+        ("output_dir: null", "output_dir = None", "cannot be null"),
+        ("train: null", "train = None", "cannot be null"),
+    ],
+)
+def test_refusals_of_a_yaml(refused, config, text, what, remedy):
+    words = config(text)
+    message = refused(*words)
+    assert what.replace("@", words[1]) in message and remedy in message and "unicode string" not in message
+
+
+@pytest.mark.parametrize("section", ["3", "null", "{train: null}", "{train: 3}", "{train: {3: 4}}"])
+def test_what_a_yaml_says_to_others_does_no_harm(config, section):
+    assert parse(*config(f"lora_rank: 3\ntrainers: {{nft: {section}}}\nreward: null\neval: {{reward: null}}"))
+
+
+@pytest.mark.parametrize(
+    "settings, what, remedy",
+    [
+        ({"prompts": 3}, "model/3' (from ", "no such file"),
+        ({"output_dir": "/"}, "output_dir = '/'", "cannot be set by a model folder (@/defaults.yaml); say it yourself"),
+        ({"trainers": {"grpo": {"track": True}}}, "track = True", "cannot be set by a model folder"),
+        ({"reward": {"mine.py:f": 1}}, "reward = \"{'mine.py:f': 1} (from @/defaults.yaml)\"", "may not ask for"),
+        ({"eval": {"reward": {"vlm": 1}}}, "reward = ", "may not ask for the reward 'vlm'"),
+        ({"reward_options": {"clipscore.model": "x"}}, "reward = ", "not clipscore.model=x"),
+        ({"reward_options": [1]}, "reward_options = [1]", "should be a valid dictionary"),
+    ],
+)
+def test_refusals_of_a_models_defaults(model, ends, settings, what, remedy):
+    known = yaml.safe_load((model / "defaults.yaml").read_text())
+    (model / "defaults.yaml").write_text(to_yaml(known | settings))
+    message = ends(lambda: grpo.check(parse("--model", model)[0]))
+    assert what.replace("@", str(model)) in message and remedy.replace("@", str(model)) in message
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 1000)], ids=["missing", "cut"])
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_weights_that_do_not_load_are_refused(tmp_path, ends, part, damage):
+    model = shutil.copytree(RunArgs.model, tmp_path / "model")
+    damage(next((model / part).glob("*.safetensors")))
+    said = ends(common.load_pipeline, str(model), "cpu", torch.float32)
+    assert f"error: model = {str(model)!r}: does not load: " in said
+
+
+@pytest.mark.parametrize(
+    "index, remedy",
+    [
+        ("[]", "its model_index.json, or a config.json in it, is not diffusers'"),
+        ('{"_class_name": "StableDiffusion3Pipeline", "scheduler": 3}', "its model_index.json, or a config.json in it"),
+        ('{"_class_name": "NoPipeline"', "its model_index.json names the class 'NoPipeline', which is no pipeline"),
+        ('{"_class_name": "AutoencoderKL"', "its model_index.json names the class 'AutoencoderKL', which is no pip"),
+        ('{"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"]}', "DDIMScheduler"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(refused, model, index, remedy):
+    rest = (model / "model_index.json").read_text().partition(",")[2]
+    (model / "model_index.json").write_text(index if index.endswith(("]", "}")) else f"{index},{rest}")
+    message = refused("--model", model)
+    assert f"error: model = '{model}': " in message and remedy in message
+
+
+@pytest.mark.parametrize(
+    "name, text, options, remedy",
+    [
+        ("args.yaml", "", "--model @", "a run's folder"),
+        ("mine.py", "import sys\nsys.exit(3)\n", "--reward @/mine.py:f=1", "mine.py does not load: SystemExit: 3"),
+        ("p.txt", "\n \n", "--prompts @/p.txt", "holds no prompt"),
+        ("p.txt", "a red circle\nan astronaut\n", "--prompts @/p.txt --reward shapes=1", "'an astronaut' is outside"),
+    ],
+)
+def test_files_that_are_not_what_is_asked_for_are_refused(refused, tmp_path, name, text, options, remedy):
+    (tmp_path / name).write_text(text)
+    assert remedy in refused(*options.replace("@", str(tmp_path)).split())
+
+
+def test_a_missing_package_is_refused(refused, monkeypatch):
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    assert "pip install wandb" in refused("--track")
+    assert "pip install tensorboard" in refused("--tensorboard")
+
+
+@pytest.mark.parametrize("made", ["mine.txt", "images/epoch_0000.png", "metrics.csv", "checkpoints/", "lora/"])
+def test_an_existing_run_is_refused(refused, tmp_path, made):
+    (tmp_path / "run" / "images").mkdir(parents=True)
+    path = tmp_path / "run" / made
+    path.mkdir() if made.endswith("/") else path.touch()
+    if made != "mine.txt":  # without it the folder is no run's at all
+        (tmp_path / "run" / "environment.yaml").touch()
+    assert "already holds a run" in refused()
+
+
+def test_a_refused_start_leaves_its_name_free(start, tmp_path):
+    for options in ("--target-modules nothing", "--reward vlm=1 --reward-options vlm.url=http://127.0.0.1:9"):
+        with pytest.raises(SystemExit):
+            start(grpo, *options.split())
+    assert (tmp_path / "run" / "log.txt").read_text().count("grpo.py -> ") == 2
+    (tmp_path / "run" / "mine.txt").touch()
+    folder = start(grpo, "--train.max-epochs", 1)
+    assert len(read_csv(folder / "metrics.csv")) == 2 and (folder / "mine.txt").exists()
+    assert yaml.safe_load((folder / "args.yaml").read_text())["reward"] == {"jpeg_compressibility": 1.0}
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (f"--run-name {'x' * 300}", "xx: File name too long"),
+        (f"--run-name {'x' * 254}", "xx: File name too long"),  # only with what a file that is being written is called
+        ("--output-dir @/train.txt", "output_dir = "),
+        ("--output-dir @/train.txt --run-name None", "output_dir = "),
+    ],
+)
+def test_folders_that_cannot_be_made_are_refused(start, tmp_path, monkeypatch, ends, options, said):
+    monkeypatch.setattr(machine, "load_pipeline", lambda *_: pytest.fail("went on"))
+    assert said in ends(lambda: start(grpo, *options.replace("@", str(tmp_path)).split()))
+
+
+def test_runs_that_start_together_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness_run.time, "strftime", lambda *_: "grpo-now")
+    args = grpo.Args(output_dir=str(tmp_path / "runs"))
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: harness_run._new_folder(args, "grpo.py"), range(8)))
+    names = {"grpo-now", *(f"grpo-now-{i}" for i in range(2, 9))}
+    assert {folder.name for folder in folders} == names == {path.name for path in (tmp_path / "runs").iterdir()}
