@@ -34,11 +34,7 @@ def gated(images, prompts):
 
 
 def broken(images, prompts):
-    """Alone it fails at once; of several processes the second one does, in the first epoch."""
-    calls.append(1)
-    if "RANK" not in os.environ or os.environ["RANK"] == "1" and len(calls) > 6:
-        raise KeyError("broken")
-    return smooth(images, prompts)
+    raise KeyError("broken")
 
 
 def fails_in_the_second(images, prompts):
