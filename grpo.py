@@ -129,7 +129,8 @@ def drawn_steps(train, epoch):
 
 def most_steps(train):
     """Sampling steps of an image with a tail, at most: those up to the last stochastic one, and the tail."""
-    start, end = max(common.candidate_steps(train)) + 1, train.num_inference_steps
+    last = train.num_inference_steps - 2 if train.sde_steps == "all" else max(common.candidate_steps(train))
+    start, end = last + 1, train.num_inference_steps
     return start + min(train.tail_steps, end - start) if train.tail_steps else None
 
 

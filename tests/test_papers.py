@@ -38,6 +38,11 @@ def test_a_tail_begins_after_the_last_stochastic_step(refused):
     assert "step is 2 or later, and after it come at most 1" in refused(*options, 2)
 
 
+def test_the_plan_counts_a_tail_after_all_stochastic_steps():
+    train = grpo.TrainArgs(train_steps=[0, 1], sde_steps="all", tail_steps=1)
+    assert grpo.most_steps(train) == grpo_guard.most_steps(train) == 10
+
+
 def test_the_exact_kl_is_that_of_the_gaussians():  # G5
     generator = torch.Generator().manual_seed(0)
     x, v, v_ref = (torch.randn(3, 4, 5, generator=generator, dtype=torch.float64) for _ in range(3))
