@@ -77,42 +77,40 @@ def seeing_qwen():
     return dict(text_encoder=encoder, processor=SeeingProcessor())
 
 
-SMALL = dict(hidden_size=16, intermediate_size=16)
-VISION = dict(SMALL, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+VISION = dict(tiny.SMALL, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
 
 
 def mistral():
-    text = dict(tiny.DECODER, **SMALL, head_dim=8, model_type="mistral")
-    config = transformers.Mistral3Config(text_config=text, vision_config=dict(VISION, model_type="pixtral"))
-    return dict(text_encoder=transformers.Mistral3ForConditionalGeneration(config))
+    text, vision = dict(tiny.QWEN, model_type="mistral"), dict(VISION, model_type="pixtral")
+    encoder = tiny.network("Mistral3", "ForConditionalGeneration", text_config=text, vision_config=vision)
+    return dict(text_encoder=encoder())
 
 
 def clip_vision():
     seen = transformers.CLIPImageProcessorPil(size=28, crop_size=28)
-    return dict(
-        image_encoder=transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISION)), image_processor=seen
-    )
+    return dict(image_encoder=tiny.network("CLIPVision", "Model", **VISION)(), image_processor=seen)
 
 
 def llava():
     """The mark of a picture is a token that no prompt has."""
-    text, vision = transformers.LlamaConfig(**tiny.DECODER, **SMALL), transformers.CLIPVisionConfig(**VISION)
-    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=250, pad_token_id=0)
-    return clip_vision() | dict(text_encoder=transformers.LlavaForConditionalGeneration(config))
+    text, vision = dict(tiny.DECODER, **tiny.SMALL, model_type="llama"), dict(VISION, model_type="clip_vision_model")
+    marks = dict(image_token_index=250, pad_token_id=0)
+    encoder = tiny.network("Llava", "ForConditionalGeneration", text_config=text, vision_config=vision, **marks)
+    return clip_vision() | dict(text_encoder=encoder())
 
 
 SD3, FLUX, FLUX2, QWEN = "stable_diffusion_3", "flux", "flux2_klein", "qwen_image"
 HALF, MASKED = dict(image=pictures, strength=0.6), dict(image=pictures, mask_image=masks)
 CONTROL = dict(control_image=pictures)
 # FLUX.2 takes pictures of at least 64 pixels a side: few latents of them
-DOWN = dict(
-    down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, block_out_channels=[4] * 3
-)
+DOWN = tiny.deep(3)
 HUNYUAN = partial(
     over, "hunyuan_video", "HunyuanVideoImageToVideoPipeline", parts=llava, image=pictures, true_cfg_scale=1.0,
     prompt_template=dict(template="{}", crop_start=0, image_emb_len=4, image_emb_start=5, image_emb_end=9),
 )  # fmt: skip
-LTX = partial(over, "ltx", "LTXConditionPipeline", parts=lambda: dict(scheduler=tiny.flow()))
+LTX = partial(
+    over, "ltx", "LTXConditionPipeline", parts=lambda: dict(scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
+)
 CONDITIONED = dict(
     sd3_image_to_image=partial(over, SD3, "StableDiffusion3Img2ImgPipeline", **HALF),
     sd3_inpainting=partial(
