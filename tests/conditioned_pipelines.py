@@ -15,7 +15,7 @@ import diffusers.pipelines.wan.pipeline_wan_i2v as wan_i2v
 import numpy as np
 import tiny_pipelines as tiny
 import transformers
-from PIL import Image
+from PIL import Image, ImageOps
 
 qwen_edit.calculate_dimensions = lambda *_: (32, 32, None)  # instead of a megapixel
 qwen_edit_plus.calculate_dimensions = lambda *_: (32, 32)
@@ -28,6 +28,11 @@ def picture(size, seed=0):
 
 def pictures(size, *seeds):
     return [picture(size, seed) for seed in seeds or range(2)]
+
+
+def inverted(given):
+    """A picture, or a list of them, in the opposite colours."""
+    return [ImageOps.invert(one) for one in given] if isinstance(given, list) else ImageOps.invert(given)
 
 
 def masks(size):
@@ -124,11 +129,11 @@ CONDITIONED = dict(
     flux_inpainting=partial(over, FLUX, "FluxInpaintPipeline", **HALF | MASKED),
     flux_control=partial(over, FLUX, "FluxControlPipeline", dict(in_channels=32, out_channels=16), **CONTROL),
     flux_controlnet=partial(over, FLUX, "FluxControlNetPipeline", controlnet="FluxControlNetModel", **CONTROL),
-    flux2=partial(
+    flux2_edit=partial(
         over, FLUX2, "Flux2Pipeline", dict(guidance_embeds=True), DOWN, parts=mistral, image=lambda _: picture(64),
         max_sequence_length=192,
     ),
-    flux2_klein=partial(over, FLUX2, "Flux2KleinPipeline", vae=DOWN, image=lambda _: picture(64)),
+    flux2_klein_edit=partial(over, FLUX2, "Flux2KleinPipeline", vae=DOWN, image=lambda _: picture(64)),
     qwen_edit=partial(over, QWEN, "QwenImageEditPipeline", parts=seeing_qwen, image=pictures),
     qwen_edit_plus=partial(
         over, QWEN, "QwenImageEditPlusPipeline", parts=seeing_qwen, image=pictures, prompt=tiny.PROMPTS[:1],
@@ -153,7 +158,7 @@ CONDITIONED = dict(
     hunyuan_video_replace=partial(HUNYUAN, dict(in_channels=4, image_condition_type="token_replace")),
 )  # fmt: skip
 CORE = ("sd3_image_to_image", "sd3_controlnet", "flux_control")
-BARE = ("flux2", "flux2_klein", "qwen_edit_plus", *(name for name in CONDITIONED if name.startswith("wan")))
+BARE = ("flux2_edit", "flux2_klein_edit", "qwen_edit_plus", *(name for name in CONDITIONED if name.startswith("wan")))
 """Whose list of pictures is not one for each prompt: of these a call has one picture or one prompt."""
 GIVEN = dict(sd3_inpainting={1}, flux_inpainting={1}, ltx_image_to_video={0}, hunyuan_video_replace={0})
 """{name: the steps before which a part of the latents is given}."""

@@ -1,25 +1,49 @@
 """The tape on every family of pipelines: a replay is the rollout again, bit by bit, and nothing is left behind.
 
-The core families run by default, the others with `-m families`.
+With pictures too: control, editing, inpainting, image-to-image, image-to-video. And the families in the scripts, as a
+user runs them. The core families run by default, the others with `-m families`.
 """
 
 import contextlib
 import copy
+import gc
+import inspect
 import json
 import shutil
+import weakref
 from types import SimpleNamespace
 
+import conditioned_pipelines as conditioned
 import diffusers
 import peft
 import pytest
 import tiny_pipelines
 import torch
+from conditioned_pipelines import BARE, CONDITIONED, GIVEN, LTX
+from conftest import read_csv
 from test_tape import by_hand
 
 import common
 import grpo
-from harness import checks, compiled, contract
+import nft
+from harness import checks, compiled, contract, machine
 from harness.flow_models import use_flow_matching
+
+WORDED = tiny_pipelines.FAMILIES
+FAMILIES = {"family": WORDED | CONDITIONED, "worded": WORDED, "pictured": CONDITIONED}  # by the name of the argument
+CORE = {*tiny_pipelines.CORE, *conditioned.CORE}
+ENCODE_AGAIN = {"krea2"}  # it gives positions another order
+
+
+def pytest_generate_tests(metafunc):
+    """The families beside the core ones take part when the marker is asked for."""
+    if "dtype" in metafunc.fixturenames:
+        metafunc.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"], scope="module")
+    for argument in FAMILIES.keys() & set(metafunc.fixturenames):
+        marked = [pytest.param(name, marks=pytest.mark.families) for name in FAMILIES[argument] if name not in CORE]
+        asked = "families" in metafunc.config.option.markexpr
+        core = [name for name in FAMILIES[argument] if name in CORE]
+        metafunc.parametrize(argument, [*core, *(marked if asked else ())], scope="module")
 
 
 def lora(pipe):
@@ -41,25 +65,24 @@ def lora(pipe):
     return parameters
 
 
-def noise(seed):
-    return common.generators((seed, 0), (seed, 1))
+def noise(seed, call):
+    return common.generators(*((seed, i) for i in range(len(call["prompt"]))))
 
 
 def plain(pipe, call):
-    return pipe(**copy.deepcopy(call), generator=noise(0), output_type="pt", return_dict=False)[0]
+    torch.manual_seed(5)  # SD3's ControlNet and CogView4 draw from the global generator
+    return pipe(**copy.deepcopy(call), generator=noise(0, call), output_type="pt", return_dict=False)[0]
 
 
-def ode(pipe, call):
-    return common.rollout(pipe, call | {"generator": noise(0)}, "ODE", 0.0, ())
-
-
-def sde(pipe, call, steps, noise_level=0.7, **more):
-    return common.rollout(pipe, call | {"generator": noise(0)}, "Flow-SDE", noise_level, steps, noise(1), **more)
+def sample(pipe, call, steps=(), rule="Flow-SDE", noise_level=0.7, **more):
+    """A rollout; by the ODE, if no steps are stochastic."""
+    torch.manual_seed(5)
+    return common.rollout(pipe, call | {"generator": noise(0, call)}, rule, noise_level, steps, noise(1, call), **more)
 
 
 def fresh(family):
     torch.manual_seed(0)
-    pipe, call = tiny_pipelines.FAMILIES[family]()
+    pipe, call = FAMILIES["family"][family]()
     use_flow_matching(pipe)
     return pipe, call
 
@@ -78,53 +101,31 @@ def traces(pipe):
     }
 
 
-def pytest_generate_tests(metafunc):
-    """The families beside the core ones take part when the marker is asked for."""
-    if "dtype" in metafunc.fixturenames:
-        metafunc.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"], scope="module")
-    if "family" in metafunc.fixturenames:
-        others = [name for name in tiny_pipelines.FAMILIES if name not in tiny_pipelines.CORE]
-        marked = [pytest.param(name, marks=pytest.mark.families) for name in others]
-        asked = "families" in metafunc.config.option.markexpr
-        metafunc.parametrize("family", [*tiny_pipelines.CORE, *(marked if asked else ())], scope="module")
-
-
 @pytest.fixture(scope="module")
 def made(family, dtype):
-    """A pipeline with adapters, its call, what the plain pipeline makes of it, and a tape of all steps but the last."""
+    """A pipeline with adapters, its call, what the plain pipeline and the ODE make of it, a tape of all but a step."""
     pipe, call = fresh(family)
     pipe.to(dtype)
     parameters = lora(pipe)
     with torch.no_grad(), common.autocast(pipe):
         images = plain(pipe, call)
-    before = traces(pipe)
-    tape = sde(pipe, call, range(call["num_inference_steps"] - 1))
-    return SimpleNamespace(pipe=pipe, call=call, parameters=parameters, plain=images, before=before, tape=tape)
+    before, ode = traces(pipe), sample(pipe, call)
+    tape = sample(pipe, call, range(len(ode.sigmas) - 2))
+    whole = call.get("strength", 1) == 1  # image-to-image begins in the middle of its schedule
+    return SimpleNamespace(
+        pipe=pipe, call=call, parameters=parameters, plain=images, before=before, ode=ode, tape=tape, whole=whole
+    )
 
 
 def test_replay_is_the_rollout(made):
-    assert len(made.tape.steps) == 3 and made.tape.images.isfinite().all()
+    assert len(made.tape.steps) == (3 if made.whole else 2) and made.tape.images.isfinite().all()
     for k, taken in made.tape.steps.items():
         velocity, step = common.replay(made.pipe, made.tape, k)
         assert torch.equal(velocity, taken.velocity), f"velocity of step {k}"
         assert torch.equal(step.log_prob, taken.log_prob), f"log-prob of step {k}"
-        assert taken.log_prob.shape == (2,) and taken.velocity.std() > 0
+        assert taken.log_prob.shape == (len(made.call["prompt"]),) and taken.velocity.std() > 0
         gradients = torch.autograd.grad(step.log_prob.sum(), made.parameters, allow_unused=True)
         assert sum(g.float().square().sum() for g in gradients if g is not None) > 0, f"gradient of step {k}"
-
-
-def test_what_is_known_already_changes_nothing(made, family):
-    """Texts that were encoded before, and the steps before the noise of a call from the same start."""
-    texts = {}
-    first = sde(made.pipe, made.call, [1, 2], texts=texts)
-    with contextlib.nullcontext() if family == "krea2" else no_encoding(made.pipe):  # it gives positions another order
-        alone = sde(made.pipe, made.call, [1, 2], texts=texts)
-        shared = sde(made.pipe, made.call, [1, 2], texts=texts, sibling=first)
-    for other in (alone, shared):
-        assert torch.equal(other.images, first.images)
-        for k, taken in first.steps.items():
-            again = common.replay(made.pipe, other, k)[1].log_prob
-            assert torch.equal(again, taken.log_prob) and torch.equal(again, other.steps[k].log_prob)
 
 
 @contextlib.contextmanager
@@ -137,18 +138,35 @@ def no_encoding(pipe):
         handle.remove()
 
 
+def test_what_is_known_already_changes_nothing(made, family):
+    """Texts that were encoded before, and the pictures and steps before the noise of a call from the same start."""
+    texts = {}
+    first = sample(made.pipe, made.call, [1], texts=texts)
+    with contextlib.nullcontext() if family in ENCODE_AGAIN else no_encoding(made.pipe):
+        alone = sample(made.pipe, made.call, [1], texts=texts)
+        shared = sample(made.pipe, made.call, [1], texts=texts, sibling=first)
+    for other in (alone, shared):
+        assert torch.equal(other.images, first.images)
+        again = common.replay(made.pipe, other, 1)[1].log_prob
+        assert torch.equal(again, first.steps[1].log_prob) and torch.equal(again, other.steps[1].log_prob)
+
+
 def test_ode_is_the_plain_pipeline(made, dtype):
     """And so is every step without noise: the velocity on the tape is noise - data, the noise levels are its own."""
-    flow = ode(made.pipe, made.call)
+    flow = made.ode
     assert torch.equal(flow.images, made.plain) and not torch.equal(flow.images, made.tape.images)
-    silent = sde(made.pipe, made.call, range(made.call["num_inference_steps"]), 0.0)
+    silent = sample(made.pipe, made.call, range(len(flow.sigmas) - 1), noise_level=0.0)
     off = (silent.x0.float() - flow.x0.float()).norm() / (flow.x0.float() - flow.noise.float()).norm()
     assert off < (1e-4 if dtype == torch.float32 else 0.1)
-    assert silent.sigmas[0] > 0.9 and silent.sigmas[-1] == 0 and (silent.sigmas.diff() < 0).all()
+    assert (silent.sigmas[0] > 0.98) == made.whole and silent.sigmas[-1] == 0 and (silent.sigmas.diff() < 0).all()
 
 
 def test_a_tail_has_its_grid_in_the_replay_too(made, dtype):
-    whole, tape = made.tape, sde(made.pipe, made.call, [0], tail_steps=2)
+    if not made.whole:
+        with pytest.raises(common.CannotReplay, match=f"{type(made.pipe).__name__} begins in the middle"):
+            sample(made.pipe, made.call, [0], tail_steps=1)
+        return
+    whole, tape = made.tape, sample(made.pipe, made.call, [0], tail_steps=2)
     assert torch.equal(tape.sigmas[:2], whole.sigmas[:2]) and torch.equal(tape.schedule, whole.sigmas)
     assert len(tape.sigmas) == 4 and whole.sigmas[3] < tape.sigmas[2] < whole.sigmas[1] and tape.sigmas[3] == 0
     velocity, step = common.replay(made.pipe, tape, 0)
@@ -162,39 +180,146 @@ def test_nothing_is_left_behind(made, family):
     common.replay(made.pipe, made.tape, 1)
     assert traces(made.pipe) == made.before
     given = {key: value for key, value in made.tape.call.items() if key in made.call}
-    assert given == made.call == tiny_pipelines.FAMILIES[family]()[1]  # some pipelines write into their arguments
+    assert given == made.call == FAMILIES["family"][family]()[1]  # some pipelines write into their arguments
 
 
-def test_replay_at_other_latents(made):
+def test_replay_at_other_latents(made, family):
     for k, taken in made.tape.steps.items():
         other = taken.x + 0.1 * torch.randn(taken.x.shape, generator=torch.Generator().manual_seed(3)).to(taken.x)
+        if k in GIVEN.get(family, ()):
+            with pytest.raises(common.CannotReplay, match=f"step {k} .* where a part of them is given"):
+                common.replay(made.pipe, made.tape, k, other)
+            continue
         velocity, step = common.replay(made.pipe, made.tape, k, other)
         same, _ = common.replay(made.pipe, made.tape, k, taken.x)
         assert step is None and velocity.shape == taken.velocity.shape and velocity.requires_grad
         assert not torch.equal(velocity, taken.velocity), f"step {k} does not depend on x"
         assert torch.equal(same, taken.velocity), f"step {k}"
-    assert common.replay(made.pipe, made.tape, k + 1, other)[0].shape == other.shape  # of no stochastic step
+    if family not in GIVEN:
+        assert common.replay(made.pipe, made.tape, k + 1, other)[0].shape == other.shape  # of no stochastic step
 
 
-def test_prompts_and_guidance_take_part(family):
+def picture_keys(call):
+    return [key for key in call if key.endswith("image")]
+
+
+def test_what_is_given_takes_part(family):
     pipe, call = fresh(family)
     images = plain(pipe, call)
-    for key in {"prompt", "negative_prompt"} & set(call):
-        assert not torch.equal(images, plain(pipe, call | {key: ["three green triangles", "ugly"]})), key
+    for key in picture_keys(call) or {"prompt", "negative_prompt"} & set(call):
+        other = ["three green triangles", "ugly"] if "prompt" in key else conditioned.inverted(call[key])
+        assert not torch.equal(images, plain(pipe, call | {key: other})), key
+
+
+def test_one_prompt_with_its_bare_pictures(pictured):
+    """The call that every pipeline takes."""
+    pipe, call = fresh(pictured)
+    one = {key: value[:1] if "prompt" in key and isinstance(value, list) else value for key, value in call.items()}
+    one |= {key: call[key][0] for key in picture_keys(call) if isinstance(call[key], list)}
+    tape = sample(pipe, one, [1])
+    assert len(tape.images) == 1 and torch.equal(common.replay(pipe, tape, 1)[1].log_prob, tape.steps[1].log_prob)
+
+
+def first_velocity(pipe, call):
+    """What the first step is given, of a call that ends there."""
+
+    class Found(BaseException):
+        pass
+
+    def found(velocity, *_):
+        raise Found(velocity)
+
+    with pytest.raises(Found) as caught:
+        sample(pipe, call, [0], found, 1.0)
+    return caught.value.args[0]
+
+
+def test_a_list_of_pictures_is_one_for_each_prompt(pictured):
+    """Then the first prompt's image does not depend on the second's picture."""
+    pipe, call = fresh(pictured)
+    size = 64 if pictured.startswith("flux2") else call["height"]
+    call = call | {key: conditioned.pictures(size) for key in picture_keys(call)} | {"prompt": tiny_pipelines.PROMPTS}
+    key = picture_keys(call)[0]
+    try:
+        one, other = (first_velocity(pipe, call | {key: conditioned.pictures(size, 0, last)}) for last in (1, 2))
+        apart = torch.equal(one[0], other[0]) and not torch.equal(one[1], other[1])
+    except ValueError as error:
+        assert "batch_size=1" in str(error) or "has to be of type" in str(error)
+        apart = False
+    assert apart == (pictured not in BARE)
+
+
+@pytest.mark.parametrize("name", ["sd3_controlnet", "flux_control"])
+def test_a_replay_encodes_nothing_and_skips_the_controlnet(name, monkeypatch):
+    pipe, call = fresh(name)
+    tape = sample(pipe, call, [2])
+    monkeypatch.setattr(pipe.vae, "_encode", lambda _: pytest.fail("encodes again"))
+    calls = []
+    getattr(pipe, "controlnet", pipe.transformer).register_forward_pre_hook(lambda *_: calls.append(1))
+    assert torch.equal(common.replay(pipe, tape, 2)[1].log_prob, tape.steps[2].log_prob) and len(calls) == 1
+
+
+def test_a_tape_is_let_go_of_at_once():
+    """No circle of references keeps its tensors until Python looks for one."""
+    pipe, call = fresh("flux_control")
+    gc.collect()
+    gc.disable()
+    try:
+        tape = sample(pipe, call, [2])
+        common.replay(pipe, tape, 2)
+        tape = weakref.ref(tape)
+        assert tape() is None
+    finally:
+        gc.enable()
+
+
+def test_a_schedule_that_begins_in_the_middle():
+    pipe, call = fresh("sd3_image_to_image")
+    levels = sample(pipe, call | {"strength": 1.0}).sigmas
+    assert torch.equal(sample(pipe, call).sigmas, levels[1:])
+    with pytest.raises(common.CannotReplay, match="step 3 is beyond the last: this call takes 3 steps"):
+        sample(pipe, call, [3])
+
+
+@pytest.mark.parametrize(
+    "more, reason",
+    [
+        (dict(image=conditioned.picture), "LTXConditionPipeline draws from the call's generator"),
+        (dict(image=conditioned.picture, image_cond_noise_scale=0), "steps each token at a noise level of its own"),
+        (dict(), "steps each token at a noise level of its own"),
+    ],
+)
+def test_noise_levels_of_each_token_are_refused(more, reason):
+    pipe, call = LTX(**more)
+    with pytest.raises(common.CannotReplay, match=reason):
+        sample(pipe, call)
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("name", ["hunyuan_image", "hunyuan_video_15", "motif_video"])
+def test_guidance_of_an_object_is_not_an_argument(name):
+    pipe, call = tiny_pipelines.FAMILIES[name]()
+    section = SimpleNamespace(resolution=call["height"], num_inference_steps=2, guidance_scale=3.0)
+    given = common.call_arguments(
+        pipe, section, {"num_frames": 5} if "num_frames" in call else {}, [{"prompt": p} for p in call["prompt"]]
+    )
+    assert "guidance_scale" not in given
+    tape = sample(pipe, given, [0])
+    assert torch.equal(common.replay(pipe, tape, 0)[1].log_prob, tape.steps[0].log_prob)
 
 
 def trainable(pipe, **args):
     return common.trainable_parameters(pipe, grpo.Args(lora_rank=4, lora_alpha=6, **args), seed=0)
 
 
-def test_default_targets(family):
-    pipe, _ = fresh(family)
-    named = {"target_modules": ("all-linear",)} if family in tiny_pipelines.OTHER_TARGETS else {}
+def test_default_targets(worded):
+    pipe, _ = fresh(worded)
+    named = {"target_modules": ("all-linear",)} if worded in tiny_pipelines.OTHER_TARGETS else {}
     instead = named if hasattr(pipe.transformer, "add_adapter") else {"finetune_type": "full"}
     if instead:
         with pytest.raises(SystemExit):
             trainable(pipe)
-        pipe, _ = fresh(family)
+        pipe, _ = fresh(worded)
     parameters = trainable(pipe, **instead)
     trained = [p for denoiser in common.denoisers(pipe).values() for p in denoiser.parameters() if p.requires_grad]
     assert len(parameters) == len(trained) > 0 and all(p.dtype == torch.float32 for p in trained)
@@ -207,7 +332,7 @@ def test_other_solvers_become_the_euler_method_of_their_flow(name):
     pipe.scheduler.set_timesteps(4)
     theirs = pipe.scheduler.sigmas
     use_flow_matching(pipe)
-    sigmas = ode(pipe, call).sigmas
+    sigmas = sample(pipe, call).sigmas
     even, shift = torch.tensor([1, 0.75, 0.5, 0.25, 0]), tiny_pipelines.FLOW_SIGMAS["flow_shift"]
     assert torch.allclose(sigmas, shift * even / (1 + (shift - 1) * even))
     assert torch.allclose(sigmas, theirs, atol=2e-3)
@@ -218,7 +343,7 @@ def test_other_solvers_become_the_euler_method_of_their_flow(name):
 def test_latents_changed_between_steps_are_refused(shrunk):
     pipe, call = fresh("stable_diffusion_3")
     shrink = {"callback_on_step_end": lambda pipe, k, timestep, tensors: {"latents": shrunk(tensors["latents"])}}
-    tape = sde(pipe, call | shrink, (0, 1))
+    tape = sample(pipe, call | shrink, (0, 1))
     common.replay(pipe, tape, 0)
     with pytest.raises(common.CannotReplay, match="changes its latents"):
         common.replay(pipe, tape, 1)
@@ -228,7 +353,7 @@ def test_latents_changed_between_steps_are_refused(shrunk):
 @pytest.mark.parametrize("name", ["stable_diffusion_3", "flux"])
 def test_latents_that_arrive_untouched_are_not_compared(name, k, monkeypatch):
     pipe, call = fresh(name)
-    tape = sde(pipe, call, (0, 1))
+    tape = sample(pipe, call, (0, 1))
     monkeypatch.delattr(common._Player, "same")
     assert torch.equal(common.replay(pipe, tape, k)[1].log_prob, tape.steps[k].log_prob)
 
@@ -238,7 +363,7 @@ def test_a_cache_between_steps_is_refused():
     plain(pipe, call)
     before = traces(pipe)
     with pytest.raises(common.CannotReplay, match="use_kv_cache=False"):
-        ode(pipe, call | {"use_kv_cache": True})
+        sample(pipe, call | {"use_kv_cache": True})
     assert traces(pipe) == before
 
 
@@ -300,7 +425,7 @@ def test_compiled_blocks_replay_exactly():
     parameters = compile_on("cpu", pipe)
     blocks = [module for module in pipe.transformer.modules() if module._compiled_call_impl is not None]
     assert {type(block).__name__ for block in blocks} == set(pipe.transformer._no_split_modules)
-    tape = sde(pipe, call, [0, 2])
+    tape = sample(pipe, call, [0, 2])
     assert_compiled_replays(pipe, tape)
     assert sum(p.grad.norm() for p in parameters if p.grad is not None) > 0
     assert contract.ode_difference(pipe, tape.call) == 0
@@ -315,7 +440,7 @@ def test_recorded_calls_replay_exactly(looks, capsys):
         pipe.transformer.norm_out.register_forward_pre_hook(lambda module, args: args[0].sum().item() and None)
     parameters, before = compile_on("cuda", pipe), None
     for _ in range(3):
-        tape = sde(pipe, call, [0, 1, 2])
+        tape = sample(pipe, call, [0, 1, 2])
         assert before is None or not torch.equal(tape.x0, before)
         before = tape.x0
         assert_compiled_replays(pipe, tape)
@@ -323,8 +448,41 @@ def test_recorded_calls_replay_exactly(looks, capsys):
             parameter.data -= 0.01 * parameter.grad.sign()
             parameter.grad = None
     assert contract.ode_difference(pipe, tape.call) == 0
-    one = {name: call[name][:1] for name in ("prompt", "negative_prompt")} | {"generator": noise(3)[:1]}
+    one = call | {name: call[name][:1] for name in ("prompt", "negative_prompt")}
     for _ in range(3):  # another size, and random numbers of the GPU's own, after what cannot be recorded too
-        common.rollout(pipe, call | one, "Flow-SDE", 0.7, [0], noise(4)[:1])
+        sample(pipe, one, [0])
         torch.randn(2, device="cuda")
     assert ("without CUDA graphs" in capsys.readouterr().out) == looks
+
+
+SHORT = (
+    *("--train.max-epochs", 1, "--train.unique-sample-num-per-epoch", 1, "--train.group-size", 2),
+    *("--train.per-device-batch-size", 2, "--train.num-inference-steps", 2, "--train.gradient-step-per-epoch", 1),
+    *("--train.train-steps", 0, "--eval.num-inference-steps", 2, "--dtype", "float32", "--cpu-threads", 1),
+)
+FULL = {"lumina"}  # diffusers gives it no adapters
+
+
+@pytest.mark.parametrize("script", [grpo, nft], ids=["grpo", "nft"])
+def test_a_family_in_a_script(start, monkeypatch, tmp_path, worded, script):
+    (tmp_path / "mine.py").write_text("def brightness(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
+    pipe, call = fresh(worded)
+    takes = inspect.signature(type(pipe).__call__).parameters
+    monkeypatch.setattr(machine, "load_pipeline", lambda *_: pipe)
+    monkeypatch.setattr(checks, "check_model", lambda args: list(takes))
+    parse = script.arguments.parse_args
+
+    def parse_for_the_family(*args):
+        parsed, said = parse(*args)
+        parsed.train.resolution = parsed.eval.resolution = call["height"]
+        parsed.train.guidance_scale = call.get("guidance_scale", 1.0)
+        extra = {k: v for k, v in call.items() if k not in checks.SET_BY_THE_SCRIPT}
+        parsed.call = extra | ({"negative_prompt": "blurry"} if "negative_prompt" in call else {})
+        return parsed, said
+
+    monkeypatch.setattr(script.arguments, "parse_args", parse_for_the_family)
+    kind = ["--finetune-type", "full"] if worded in FULL else []
+    targets = ["--target-modules", "all-linear"] if worded in tiny_pipelines.OTHER_TARGETS else []
+    folder = start(script, *SHORT, *kind, *targets, "--reward", f"{tmp_path}/mine.py:brightness=1")
+    assert "contract holds" in (folder / "log.txt").read_text()
+    assert len(read_csv(folder / "metrics.csv")) == 2
