@@ -154,7 +154,8 @@ def family(name, size, transformer, scheduler, texts, vae=None, parts=None, attr
 
     size: height and width in pixels. transformer: its configuration; vae: what differs in its from VAES.
     scheduler: the settings of Euler's method. texts: functions that make the text encoders.
-    parts: other components, or these in another way; functions make them. attributes: of the pipeline.
+    parts: other components, or these in another way; functions make them. attributes: of the pipeline and,
+        with a dot, of its parts.
     call: what differs from the usual arguments; None leaves one out.
     """
     cls = getattr(diffusers, f"{name}Pipeline")
@@ -167,8 +168,9 @@ def family(name, size, transformer, scheduler, texts, vae=None, parts=None, attr
     components |= {f"text_encoder_{i}" if i > 1 else "text_encoder": make for i, make in enumerate(texts, 1)}
     components |= parts or {}
     pipe = build(cls, **{part: make() if callable(make) else make for part, make in components.items()})
-    for attribute, value in (attributes or {}).items():
-        setattr(pipe, attribute, value)
+    for path, value in (attributes or {}).items():
+        part, _, attribute = path.rpartition(".")
+        setattr(pipe.components.get(part, pipe), attribute, value)
     takes = inspect.signature(cls.__call__).parameters
     usual = dict(
         prompt=PROMPTS, negative_prompt=NEGATIVE, height=size, width=size, num_inference_steps=4,
@@ -183,7 +185,6 @@ DPM = partial(diffusers.DPMSolverMultistepScheduler, **FLOW_SIGMAS)
 UNIPC = partial(diffusers.UniPCMultistepScheduler, **FLOW_SIGMAS)
 DYNAMIC = dict(use_dynamic_shifting=True)
 LTX_FLOW = dict(DYNAMIC, base_shift=0.95, max_shift=2.05, shift_terminal=0.1)
-# Of transformers
 HEADS = dict(num_attention_heads=2, attention_head_dim=16)
 BLOCKS = dict(HEADS, num_layers=1, num_single_layers=1)
 FLUX = dict(BLOCKS, in_channels=16, axes_dims_rope=[4, 4, 8])
@@ -198,7 +199,7 @@ WAN = dict(
     num_attention_heads=2, attention_head_dim=12, text_dim=32, freq_dim=32, ffn_dim=32, num_layers=2,
     rope_max_seq_len=32,
 )  # fmt: skip
-# Of calls
+WHOLE = {"vae.use_framewise_encoding": False, "vae.use_framewise_decoding": False}
 SANA = dict(complex_human_instruction=["say: "], use_resolution_binning=False)
 
 CORE = dict(
@@ -285,7 +286,7 @@ FAMILIES = CORE | dict(
              layers_per_block=[1] * 5, decoder_layers_per_block=[1] * 5, patch_size=1,
              spatio_temporal_scaling=[True, True, False, False],
              decoder_spatio_temporal_scaling=[True, True, False, False]),
-        num_frames=9,
+        attributes=WHOLE, num_frames=9,
     ),
     ltx2=partial(
         family, "LTX2", 32,
@@ -314,7 +315,7 @@ FAMILIES = CORE | dict(
                 output_sampling_rate=16000,
             ),
         ),
-        num_frames=5, frame_rate=25.0, spatio_temporal_guidance_blocks=[1],
+        WHOLE, num_frames=5, frame_rate=25.0, spatio_temporal_guidance_blocks=[1],
     ),
     lumina=partial(
         family, "Lumina", 64,
@@ -398,7 +399,9 @@ FAMILIES = CORE | dict(
         dict(latent_channels=4, block_out_channels=(16, 16, 16), layers_per_block=1, spatial_compression_ratio=4,
              temporal_compression_ratio=2),
         dict(guider=partial(diffusers.ClassifierFreeGuidance, guidance_scale=3.0)),
-        dict(tokenizer_max_length=416, tokenizer_2_max_length=64), num_frames=5,
+        {"tokenizer_max_length": 416, "tokenizer_2_max_length": 64,
+         "vae.use_slicing": True},  # diffusers' decoder fails on a batch
+        num_frames=5,
     ),
     nucleus_moe=partial(
         family, "NucleusMoEImage", 32,
