@@ -13,7 +13,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch.distributions import Normal
 
-from dynamics import DYNAMICS, cps, dance_sde, dpm_step, flow_sde, ode, step
+from dynamics import DYNAMICS, RULES, cps, dpm_step, step
 
 M = 0.7
 
@@ -25,28 +25,39 @@ SCORES = {
 }
 
 
-def cps_law(v, x, sigma, sigma_next, a):
+def sde(g, score="by noise"):
+    """The rule of Euler and Maruyama for a diffusion coefficient g(a, sigma, second)."""
+
+    def rule(v, x, sigma, sigma_next, a, second):
+        h, g_now = sigma - sigma_next, g(a, sigma, second)
+        return x - h * (v - g_now**2 / 2 * SCORES[score](x, v, sigma)), g_now * h.sqrt()
+
+    return rule
+
+
+def cps_law(v, x, sigma, sigma_next, a, second):
     std = sigma_next * math.sin(a * math.pi / 2)
     return (1 - sigma_next) * (x - sigma * v) + (sigma_next**2 - std**2).sqrt() * (x + (1 - sigma) * v), std
 
 
-# {name: its usual noise level, and g(a, sigma) of an SDE or law(v, x, sigma, sigma_next, a) -> (mean, std)}
+def flow_g(a, sigma, second):
+    return a * (sigma / (1 - torch.minimum(sigma, second))).sqrt()
+
+
+def dance_g(a, sigma, second):
+    return a * sigma**0
+
+
 CLOSED_FORMS = {
-    "Flow-SDE": dict(level=0.7, g=lambda a, sigma: a * (sigma / (1 - sigma)).sqrt()),
-    "Dance-SDE": dict(level=0.3, g=lambda a, sigma: a * sigma**0),
-    "CPS": dict(level=0.8, law=cps_law),
-    "ODE": dict(level=0.0, g=lambda a, sigma: 0 * sigma),
+    "Flow-SDE": sde(flow_g),
+    "Dance-SDE": sde(dance_g),
+    "CPS": cps_law,
+    "ODE": sde(lambda *_: torch.zeros(())),
 }
-RANDOM = [name for name, form in CLOSED_FORMS.items() if form["level"] > 0]
-SDES = [name for name in RANDOM if "g" in CLOSED_FORMS[name]]
-every_rule = pytest.mark.parametrize("name", CLOSED_FORMS)
+LEVELS = {"Flow-SDE": 0.7, "Dance-SDE": 0.3, "CPS": 0.8, "ODE": 0.0}  # the usual ones
+SDES, RANDOM = ["Flow-SDE", "Dance-SDE"], ["Flow-SDE", "Dance-SDE", "CPS"]
+every_rule = pytest.mark.parametrize("name", DYNAMICS)
 random_rules = pytest.mark.parametrize("name", RANDOM)
-
-
-@pytest.mark.parametrize("name", DYNAMICS)
-def test_every_rule_has_a_closed_form(name):
-    if name not in CLOSED_FORMS:
-        pytest.fail(f"{name} has no closed form here: add its g (or mean and std) to CLOSED_FORMS", pytrace=False)
 
 
 def pipeline_sigmas(T, shift=3.0):
@@ -104,35 +115,26 @@ def velocity(x, sigma, var):
     return sigma * z - (M + (1 - sigma) * var * z)
 
 
-def coefficients(name, sigmas, var, level=None, score=None):
-    """a, b, std, each (T,), of every step x' ~ N(a x + b, std²); `score` replaces the score inside the drift."""
-    level = CLOSED_FORMS[name]["level"] if level is None else level
-    sigma, second = sigmas[:-1, None], sigmas[1] if sigmas[0] == 1 else None
-
-    def mean_and_std(x):
-        x = torch.full_like(sigma, x)
-        v = velocity(x, sigma, var)
-        _, _, mean, std = step(name, v, x, sigmas[:-1], sigmas[1:], level, sigma_second=second)
-        if score is not None:
-            mean = x + sigmas.diff()[:, None] * v + std**2 / 2 * SCORES[score](x, v, sigma)
-        return mean[:, 0], std[:, 0]
-
-    (b, std), (a_plus_b, _) = mean_and_std(0.0), mean_and_std(1.0)
-    return a_plus_b - b, b, std
+def coefficients(rule, sigmas, var, level):
+    """a, b, std, each (T,), of every step x' ~ N(a x + b, std²)."""
+    second = sigmas[1] if sigmas[0] == 1 else None
+    x = torch.tensor([0.0, 1.0], dtype=torch.float64).expand(len(sigmas) - 1, 2)
+    v = velocity(x, sigmas[:-1, None], var)
+    _, _, mean, std = step(rule, v, x, sigmas[:-1], sigmas[1:], level, sigma_second=second)
+    return mean[:, 1] - mean[:, 0], mean[:, 0], std[:, 0]
 
 
-def propagate(name, sigmas, var, level=None, score=None):
+def propagate(rule, sigmas, var, level):
     """Mean and variance of x along a rollout that starts on the marginal, each (T+1,)."""
     means, variances = [((1 - sigmas[0]) * M).item()], [variance(sigmas[0], var).item()]
-    for a, b, std in torch.stack(coefficients(name, sigmas, var, level, score), dim=1).tolist():
+    for a, b, std in torch.stack(coefficients(rule, sigmas, var, level), dim=1).tolist():
         means.append(a * means[-1] + b)
         variances.append(a**2 * variances[-1] + std**2)
     return torch.tensor(means, dtype=torch.float64), torch.tensor(variances, dtype=torch.float64)
 
 
-def derivatives(name, sigmas, level=None):
+def derivatives(name, sigmas, level):
     """∂mean/∂x, ∂mean/∂v and std of every step of a schedule, each (T,)."""
-    level = CLOSED_FORMS[name]["level"] if level is None else level
     v, x = (t.requires_grad_() for t in v_and_x(len(sigmas) - 1, 1))
     taken = step(name, v, x, sigmas[:-1], sigmas[1:], level, sigma_second=sigmas[1])
     dx, dv = torch.autograd.grad(taken.mean.sum(), (x, v))
@@ -165,39 +167,32 @@ def test_shift_is_a_group_of_monotone_maps_of_the_unit_interval():  # S1
 @every_rule
 def test_mean_and_std_are_the_closed_form(name, second):  # F1, D1, D3: the SDEs differ in g alone
     (v, x), sigma, sigma_next = v_and_x(9, 5), SIGMAS[1:-1, None], SIGMAS[2:, None]
-    level, form = CLOSED_FORMS[name]["level"], CLOSED_FORMS[name]
-    taken = step(name, v, x, sigma, sigma_next, level, sigma_second=second)
-    for score in ("by noise", "by image"):
-        if "law" in form:
-            mean, std = form["law"](v, x, sigma, sigma_next, level)
-        else:  # Euler-Maruyama
-            g, dt = form["g"](level, sigma), sigma_next - sigma
-            mean, std = x + dt * (v - g**2 / 2 * SCORES[score](x, v, sigma)), g * (-dt).sqrt()
-        close(taken.mean, mean)
-        close(taken.std, std)
+    taken = step(name, v, x, sigma, sigma_next, LEVELS[name], sigma_second=second)
+    mean, std = CLOSED_FORMS[name](v, x, sigma, sigma_next, LEVELS[name], sigma)
+    close(taken.mean, mean)
+    close(taken.std, std.to(mean))
+    close(SCORES["by image"](x, v, sigma), SCORES["by noise"](x, v, sigma))
 
 
 @every_rule
-def test_noise_level_0_is_euler(name):  # F1, C2
+def test_noise_level_0_is_euler_and_has_no_density(name):  # F1, C2
     v, x = v_and_x(10, 5)
-    taken = step(name, v, x, SIGMAS[:-1], SIGMAS[1:], 0.0, sigma_second=SIGMAS[1])
-    close(taken.mean, x + SIGMAS.diff()[:, None] * v)
-    assert torch.equal(taken.x_next, taken.mean) and (taken.std == 0).all() and taken.log_prob is None
+    for level in (0.0, 0.7) if name == "ODE" else (0.0,):
+        taken = step(name, v, x, SIGMAS[:-1], SIGMAS[1:], level, sigma_second=SIGMAS[1])
+        close(taken.mean, x + SIGMAS.diff()[:, None] * v)
+        assert torch.equal(taken.x_next, taken.mean) and (taken.std == 0).all() and taken.log_prob is None
+        assert step(name, v, x, 0.8, 0.7, level, x_next=x).log_prob is None
 
 
 @pytest.mark.parametrize("a", [0.3, 0.7, 1.2])
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
 @pytest.mark.parametrize("T", [1, 2, 10, 50])
-def test_factors_of_flow_sde_are_the_same_on_any_schedule(T, shift, a):
+def test_factors_of_the_sdes_on_any_schedule(T, shift, a):
     sigmas = pipeline_sigmas(T, shift)
-    dx, dv, std = derivatives("Flow-SDE", sigmas, a)
-    close(torch.stack([std[0], dx[0], dv[0] / sigmas.diff()[0]]), [a, 1 - a**2 / 2, 1])  # F3
-    close(dv[1:] / sigmas.diff()[1:], 1 + a**2 / 2)  # F2
-
-
-def test_velocity_factor_of_dance_sde_grows_towards_the_image():  # D4
-    _, dv, _ = derivatives("Dance-SDE", SIGMAS)
-    close(dv / SIGMAS.diff(), 1 + 0.3**2 * (1 - SIGMAS[:-1]) / (2 * SIGMAS[:-1]))
+    (dx, dv, std), h, sigma = derivatives("Flow-SDE", sigmas, a), -sigmas.diff(), sigmas[:-1]
+    close(torch.stack([std[0], dx[0], -dv[0] / h[0]]), [a, 1 - a**2 / 2, 1])  # F3
+    close(-dv[1:] / h[1:], 1 + a**2 / 2)  # F2
+    close(-derivatives("Dance-SDE", sigmas, a)[1] / h, 1 + a**2 * (1 - sigma) / (2 * sigma))  # D4
 
 
 @pytest.mark.parametrize("sigma, second", [(1.0, None), (1.0, 0.96), (1.0, 0.9), (1 - 1e-7, 0.96), (0.999, 0.96)])
@@ -210,37 +205,29 @@ def test_first_step_of_a_schedule_that_starts_at_1_or_a_little_below(sigma, seco
 
 
 @pytest.mark.parametrize(
-    "name, expected",
-    [
-        ("Flow-SDE", [0.074, 0.027, 0.0118, 0.0055, 0.0027]),
-        ("Dance-SDE", [0.046, 0.023, 0.0116, 0.0058, 0.0029]),
-        ("ODE", [0.054, 0.027, 0.0137, 0.0069, 0.0034]),
-    ],
+    "name, at_50, at_800", [("Flow-SDE", 0.074, 0.0027), ("Dance-SDE", 0.046, 0.0029), ("ODE", 0.054, 0.0034)]
 )
-def test_marginals_converge_like_1_over_T(name, expected):  # F4, D2
+def test_marginals_converge_like_1_over_T(name, at_50, at_800):  # F4, D2
     worst = []
-    for T in (50, 100, 200, 400, 800):
+    for T in (50, 400, 800):
         sigmas = torch.linspace(0.98, 0.02, T + 1, dtype=torch.float64)
-        means, variances = propagate(name, sigmas, 0.25)
+        means, variances = propagate(name, sigmas, 0.25, LEVELS[name])
         close(means, (1 - sigmas) * M)
         worst.append((variances / variance(sigmas, 0.25) - 1).abs().max().item())
-    assert worst == pytest.approx(expected, rel=0.02)
-    assert worst[3] / worst[4] == pytest.approx(2, rel=0.05)
+    assert worst[::2] == pytest.approx([at_50, at_800], rel=0.02) and worst[1] / worst[2] == pytest.approx(2, rel=0.05)
 
 
 @pytest.mark.parametrize(
-    "name, score, mean, var",
+    "g, level, score, mean, var",
     [
-        ("Flow-SDE", "by noise", 0.70, 0.250),
-        ("Flow-SDE", "none", 0.70, 1.590),
-        ("Flow-SDE", "by unscaled image", 1.146, 0.337),
-        ("Dance-SDE", "by image", 0.70, 0.249),
-        ("Dance-SDE", "none", 0.70, 0.320),
-        ("Dance-SDE", "by unscaled image", 0.954, 0.435),
+        (flow_g, 0.7, "none", 0.70, 1.590),
+        (flow_g, 0.7, "by unscaled image", 1.146, 0.337),
+        (dance_g, 0.3, "none", 0.70, 0.320),
+        (dance_g, 0.3, "by unscaled image", 0.954, 0.435),
     ],
 )
-def test_no_other_score_keeps_the_marginals(name, score, mean, var):  # F4, D2, negative controls; the data's: 0.7, 0.25
-    means, variances = propagate(name, shift_once(2000), 0.25, score=score)
+def test_no_other_score_keeps_the_marginals(g, level, score, mean, var):  # F4, D2, controls; the data's: 0.7, 0.25
+    means, variances = propagate(sde(g, score), shift_once(2000), 0.25, level)
     close(torch.stack([means[-1], variances[-1]]), [mean, var], 6e-4)
 
 
@@ -254,9 +241,10 @@ def test_no_other_score_keeps_the_marginals(name, score, mean, var):  # F4, D2, 
     ],
 )
 def test_noise_at_the_end_of_a_whole_rollout(name, T_10, T_2000, last_two):
-    assert propagate(name, shift_once(10), 0.25)[1][-1] == pytest.approx(T_10, abs=6e-4)  # the data's variance is 0.25
-    assert propagate(name, shift_once(2000), 0.25)[1][-1] == pytest.approx(T_2000, abs=6e-5)
-    close(propagate(name, shift_once(10), 0.0)[1].sqrt()[-2:], last_two, 6e-5)  # of a point; the schedule's is 0.25, 0
+    few, many, point = ((shift_once(10), 0.25), (shift_once(2000), 0.25), (shift_once(10), 0.0))
+    few, many, point = (propagate(name, *world, LEVELS[name])[1] for world in (few, many, point))
+    assert few[-1] == pytest.approx(T_10, abs=6e-4) and many[-1] == pytest.approx(T_2000, abs=6e-5)  # the data's: 0.25
+    close(point.sqrt()[-2:], last_two, 6e-5)  # the schedule's: 0.25, 0
 
 
 @pytest.mark.parametrize("T", [3, 10, 50])
@@ -291,6 +279,7 @@ def test_cps_last_step_is_the_clean_image_with_a_finite_gradient():  # C5
     v.requires_grad_()
     last = step("CPS", v, x, 0.25, 0.0, 0.8)
     assert torch.equal(last.x_next, x - 0.25 * v) and last.std == 0 and last.log_prob is None
+    assert all(step(name, v, x, 0.25, 0.0, 0.7).log_prob is not None for name in SDES)
     mixed = step("CPS", v, x, torch.tensor([0.25, 0.5]), torch.tensor([0.0, 0.25]), 0.8, generator=seeded())
     assert mixed.log_prob[0] == 0 and mixed.log_prob[1] < 0
     (gradient,) = torch.autograd.grad(mixed.log_prob.sum(), v)
@@ -328,21 +317,10 @@ def test_gradient_reaches_v_through_the_mean_alone(name):  # F6; C6: CPS's is 2 
     assert to_x_next is None and torch.equal(torch.autograd.grad(drawn.log_prob.sum(), v)[0], to_v)
 
 
-def test_log_prob_is_none_where_nothing_is_random():
-    v, x = v_and_x(2, 5)
-    for x_next in (None, x):
-        assert step("ODE", v, x, 0.8, 0.7, 0.7, x_next=x_next).log_prob is None  # whatever the noise level
-        assert all(step(name, v, x, 0.8, 0.7, 0.0, x_next=x_next).log_prob is None for name in CLOSED_FORMS)
-    assert all(step(name, v, x, 0.8, 0.0, 0.7).log_prob is not None for name in SDES)
-
-
-@pytest.mark.parametrize("x_next", [None, randn(3, 4, 2, seed=2)])
-@pytest.mark.parametrize("name, rule", {"Flow-SDE": flow_sde, "Dance-SDE": dance_sde, "CPS": cps, "ODE": ode}.items())
-def test_a_rule_is_taken_in_place_of_its_name(name, rule, x_next):
-    for sigmas in ((torch.tensor([1.0, 0.7, 0.5]), torch.tensor([0.9, 0.5, 0.4])), (1.0, 0.9)):
-        given = (*v_and_x(3, 4, 2), *sigmas, 0.7)
-        steps = (step(t, *given, sigma_second=0.9, x_next=x_next, generator=seeded()) for t in (name, rule))
-        assert same(*steps)
+@every_rule
+def test_a_rule_is_taken_in_place_of_its_name(name):
+    given = (*v_and_x(3, 4, 2), torch.tensor([1.0, 0.7, 0.5]), torch.tensor([0.9, 0.5, 0.4]), 0.7)
+    assert same(*(step(rule, *given, sigma_second=0.9, generator=seeded()) for rule in (name, RULES[name])))
 
 
 USERS_RULES = {
@@ -489,38 +467,39 @@ def solve(solver, x, sigmas, velocity):
     return xs
 
 
-def error(solver, sigmas, var):
-    """Of x at the end of a schedule, where x was M + 2 √q at its start, over that 2.
+VARS = torch.tensor([0.04, 0.25, 1.0], dtype=torch.float64)
+
+
+def error(solver, sigmas):
+    """Of x at the end of a schedule, for each of VARS, where x was M + 2 √q at its start, over that 2.
 
     Exactly, (x − (1 − σ) M) / √q does not change along the ODE.
     """
-    means, stds = (1 - sigmas) * M, variance(sigmas, var).sqrt()
-    x = solve(solver, (means[0] + 2 * stds[0]).reshape(1, 1), sigmas, lambda x, k: velocity(x, sigmas[k], var))[-1]
-    return ((x - means[-1]) / 2 - stds[-1]).item()
+    means, stds = (1 - sigmas) * M, variance(sigmas[:, None], VARS).sqrt()
+    x = solve(solver, (means[0] + 2 * stds[0])[:, None], sigmas, lambda x, k: velocity(x, sigmas[k], VARS[:, None]))[-1]
+    return (x[:, 0] - means[-1]) / 2 - stds[-1]
 
 
-@pytest.mark.parametrize("var", [0.04, 0.25, 1.0])
 @pytest.mark.parametrize("solver, order", [("DPM-Solver++", 2), ("Euler", 1)])
-def test_order_of_convergence(solver, order, var):  # M6
+def test_order_of_convergence(solver, order):  # M6
     even_in_lambda = (torch.sigmoid(torch.linspace(4, -4, T + 1, dtype=torch.float64)) for T in (320, 640))
-    coarse, fine = (error(solver, sigmas, var) for sigmas in even_in_lambda)
-    assert math.log2(coarse / fine) == pytest.approx(order, abs=0.01)
+    coarse, fine = (error(solver, sigmas) for sigmas in even_in_lambda)
+    assert (torch.log2(coarse / fine) - order).abs().max() < 0.01
 
 
 @pytest.mark.parametrize("first, last", [(1.0, 0.02), (0.98, 0.0), (1.0, 0.0)])
-@pytest.mark.parametrize("var", [0.04, 0.25, 1.0])
-def test_error_of_the_ends_where_lambda_is_infinite(first, last, var):  # M6
+def test_error_of_the_ends_where_lambda_is_infinite(first, last):  # M6
     """There a step has a length in λ that does not shrink with h: j steps from an end the error is C h² / j.
 
     Its sum over the steps is C h² log T: of second order but for the logarithm. To leading order C follows from x0' at
     σ = 1 and x0'' at σ = 0. For x one √q above its mean it is −var √q / 2 from one end and 3 / (4 √var) from the other.
     """
     schedules = (torch.linspace(first, last, T + 1, dtype=torch.float64) for T in (1280, 2560, 5120))
-    a, b, c = (error("DPM-Solver++", sigmas, var) / (sigmas[0] - sigmas[1]).item() ** 2 for sigmas in schedules)
+    a, b, c = (error("DPM-Solver++", sigmas) / (sigmas[0] - sigmas[1]) ** 2 for sigmas in schedules)
     C = ((2 * c - b) - (2 * b - a)) / math.log(2)  # the differences cancel h², the brackets h³
-    from_noise = -var / 2 * variance(last, var) ** 0.5 * (first == 1)
-    to_image = 0.75 / var**0.5 * (last == 0)
-    assert pytest.approx(from_noise + to_image, rel=0.01, abs=5e-4) == C
+    from_noise = -VARS / 2 * variance(last, VARS) ** 0.5 * (first == 1)
+    to_image = 0.75 / VARS**0.5 * (last == 0)
+    torch.testing.assert_close(C, from_noise + to_image, rtol=0.01, atol=5e-4)
 
 
 @pytest.mark.parametrize(
