@@ -36,9 +36,8 @@ def test_a_constant_group_says_nothing(global_std):  # G2
 
 def test_advantages_ignore_offset_and_scale():  # G4
     rewards = torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e4
-    there = group_advantages(rewards, 4)
-    assert torch.allclose(group_advantages(rewards + 7e4, 4), there)
-    assert torch.allclose(group_advantages(rewards * 3, 4), there, atol=1e-6)
+    for other in (rewards + 7e4, rewards * 3):
+        assert torch.allclose(group_advantages(other, 4), group_advantages(rewards, 4), atol=1e-6)
 
 
 def test_gradient_at_ratio_1():  # G2
@@ -237,3 +236,34 @@ def test_the_settings_of_another_trainer_are_refused(refusal, tmp_path, script, 
     (tmp_path / "other.yaml").write_text(f"train: {{trainer_type: {others}}}")
     message = refusal(script, "--config", tmp_path / "other.yaml")
     assert f"train.trainer_type = '{others}'" in message and f"'{own}'" in message
+
+
+REFUSALS = [
+    (grpo_guard, "--train.dynamics-type Dance-SDE", "train.dynamics_type = 'Dance-SDE'", "Flow-SDE alone"),
+    (grpo_guard, "--train.dynamics-type CPS", "train.dynamics_type = 'CPS'", "Flow-SDE alone"),
+    (grpo_guard, "--train.dynamics-type ODE", "train.dynamics_type = 'ODE'", "grpo.py"),
+    (grpo_guard, "--train.noise-level 0", "train.noise_level = 0.0", "above 0"),
+    (grpo_guard, "--train.train-steps 4", "train.train_steps = [4]", "from 0 to 3"),
+    (
+        grpo_guard,
+        "--train.tail-steps 2",
+        "train.tail_steps = 2",
+        "step is 2 or later, and after it come at most 1 steps",
+    ),
+    (grpo_guard, "--train.num-train-steps 2 --train.shift-interval -1", "train.shift_interval = -1", "at least 0"),
+    (grpo_guard, "--train.shift-interval 25", "train.shift_interval = 25", "which is None; set that too"),
+    (nft, "--train.kl-type x-based", "train.kl_type = 'x-based'", "v-based"),
+    (nft, "--train.kl-type exact", "train.kl_type = 'exact'", "v-based"),
+    (nft, "--train.nft-beta 0", "train.nft_beta = 0.0", "above 0"),
+    (nft, "--train.old-decay-max 1", "train.old_decay_max = 1.0", "below 1"),
+    (nft, "--train.dynamics-type CPS --train.noise-level 1.1", "train.noise_level = 1.1", "at most 1"),
+    (nft, "--train.dynamics-type Flow-SDE --train.noise-level 0", "train.noise_level = 0.0", "above 0"),
+    (nft, "--train.train-steps 4", "train.train_steps = [4]", "from 0 to 3"),
+    (nft, "--train.dynamics-type CPS --train.solver DPM-Solver++", "train.solver = 'DPM-Solver++'", "is for the ODE"),
+]  # those of grpo.py are in test_settings.py
+
+
+@pytest.mark.parametrize("script, options, what, remedy", REFUSALS)
+def test_refusals(refusal, script, options, what, remedy):
+    message = refusal(script, *options.split())
+    assert what in message and remedy in message

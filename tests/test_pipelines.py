@@ -295,19 +295,6 @@ def test_noise_levels_of_each_token_are_refused(more, reason):
         sample(pipe, call)
 
 
-@pytest.mark.families
-@pytest.mark.parametrize("name", ["hunyuan_image", "hunyuan_video_15", "motif_video"])
-def test_guidance_of_an_object_is_not_an_argument(name):
-    pipe, call = tiny_pipelines.FAMILIES[name]()
-    section = SimpleNamespace(resolution=call["height"], num_inference_steps=2, guidance_scale=3.0)
-    given = common.call_arguments(
-        pipe, section, {"num_frames": 5} if "num_frames" in call else {}, [{"prompt": p} for p in call["prompt"]]
-    )
-    assert "guidance_scale" not in given
-    tape = sample(pipe, given, [0])
-    assert torch.equal(common.replay(pipe, tape, 0)[1].log_prob, tape.steps[0].log_prob)
-
-
 def trainable(pipe, **args):
     return common.trainable_parameters(pipe, grpo.Args(lora_rank=4, lora_alpha=6, **args), seed=0)
 

@@ -214,7 +214,7 @@ def by_hand(pipe, tape, x, start=0):
 
 
 @DTYPES
-@pytest.mark.parametrize("tail_steps", [1, 2, 3, 4])
+@pytest.mark.parametrize("tail_steps", [1, 3, 4])
 def test_a_tail_leaves_the_steps_before_it_alone(make_pipe, call, dtype, tail_steps):  # M5
     pipe, _ = make_pipe(dtype)
     rows = count_rows(pipe, "transformer")
