@@ -25,7 +25,7 @@ SCORES = {
 }
 
 
-def sde(g, score="by noise"):
+def sde(g, score="by image"):
     """The rule of Euler and Maruyama for a diffusion coefficient g(a, sigma, second)."""
 
     def rule(v, x, sigma, sigma_next, a, second):

@@ -294,7 +294,7 @@ class Watched(Snapshot):
 
 OLD_POLICIES = [
     ("--train.old-decay-max 0.7", [0.4, 0.7, 0.7]),
-    ("--train.old-decay-start 3 --finetune-type full --train.ref-param-device cpu", [0, 0.2, 0.5]),
+    ("--train.old-decay-start 3 --train.old-decay-max 0.5 --finetune-type full", [0, 0.2, 0.5]),
     ("--train.no-off-policy", [0, 0, 0]),
 ]
 
