@@ -244,12 +244,7 @@ REFUSALS = [
     (grpo_guard, "--train.dynamics-type ODE", "train.dynamics_type = 'ODE'", "grpo.py"),
     (grpo_guard, "--train.noise-level 0", "train.noise_level = 0.0", "above 0"),
     (grpo_guard, "--train.train-steps 4", "train.train_steps = [4]", "from 0 to 3"),
-    (
-        grpo_guard,
-        "--train.tail-steps 2",
-        "train.tail_steps = 2",
-        "step is 2 or later, and after it come at most 1 steps",
-    ),
+    (grpo_guard, "--train.tail-steps 2", "train.tail_steps = 2", "step is 2 or later, and after it come at most 1"),
     (grpo_guard, "--train.num-train-steps 2 --train.shift-interval -1", "train.shift_interval = -1", "at least 0"),
     (grpo_guard, "--train.shift-interval 25", "train.shift_interval = 25", "which is None; set that too"),
     (nft, "--train.kl-type x-based", "train.kl_type = 'x-based'", "v-based"),
