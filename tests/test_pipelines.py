@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import conditioned_pipelines as conditioned
 import diffusers
-import peft
 import pytest
 import tiny_pipelines
 import torch
@@ -31,6 +30,7 @@ from harness.flow_models import use_flow_matching
 
 WORDED = tiny_pipelines.FAMILIES
 FAMILIES = {"family": WORDED | CONDITIONED, "worded": WORDED, "pictured": CONDITIONED}  # by the name of the argument
+FULL = {"finetune_type": "full"}  # where diffusers gives a network no adapters
 CORE = {*tiny_pipelines.CORE, *conditioned.CORE}
 # Whose texts are encoded again: with pictures in them, and by krea2 with positions in another order
 ENCODE_AGAIN = {"krea2", "qwen_edit", "qwen_edit_plus", "hunyuan_video_concat", "hunyuan_video_replace"}
@@ -47,23 +47,16 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(argument, [*core, *(marked if asked else ())], scope="module")
 
 
-def lora(pipe):
-    """Adapters on the denoisers, float32, with a B that is not zero."""
-    generator = torch.Generator().manual_seed(2)
-    parameters = []
-    for denoiser in common.denoisers(pipe).values():
-        config = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear")
-        if hasattr(denoiser, "add_adapter"):
-            denoiser.add_adapter(config)
-        else:
-            peft.inject_adapter_in_model(config, denoiser)
-        for name, p in denoiser.named_parameters():
-            if p.requires_grad:
-                p.data = p.data.float()
-                if "lora_B" in name:
-                    p.data.normal_(0, 0.3, generator=generator)
-                parameters.append(p)
-    return parameters
+def trainable(pipe, **args):
+    return common.trainable_parameters(pipe, grpo.Args(lora_rank=4, lora_alpha=6, **args), seed=0)
+
+
+def moved(parameters):
+    """As a list, with values with which adapters do something."""
+    torch.manual_seed(2)
+    for parameter in parameters.values():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return list(parameters.values())
 
 
 def noise(seed, call):
@@ -107,7 +100,8 @@ def made(family, dtype):
     """A pipeline with adapters, its call, what the plain pipeline and the ODE make of it, a tape of all but a step."""
     pipe, call = fresh(family)
     pipe.to(dtype)
-    parameters = lora(pipe)
+    instead = {"target_modules": ("all-linear",)} if hasattr(pipe.transformer, "add_adapter") else FULL
+    parameters = moved(trainable(pipe, **instead))
     with torch.no_grad(), common.autocast(pipe):
         images = plain(pipe, call)
     before, ode = traces(pipe), sample(pipe, call)
@@ -297,14 +291,10 @@ def test_noise_levels_of_each_token_are_refused(more, reason):
         sample(pipe, call)
 
 
-def trainable(pipe, **args):
-    return common.trainable_parameters(pipe, grpo.Args(lora_rank=4, lora_alpha=6, **args), seed=0)
-
-
 def test_default_targets(worded):
     pipe, _ = fresh(worded)
     named = {"target_modules": ("all-linear",)} if worded in tiny_pipelines.OTHER_TARGETS else {}
-    instead = named if hasattr(pipe.transformer, "add_adapter") else {"finetune_type": "full"}
+    instead = named if hasattr(pipe.transformer, "add_adapter") else FULL
     if instead:
         with pytest.raises(SystemExit):
             trainable(pipe)
@@ -389,11 +379,11 @@ def compile_on(device, pipe):
     for network in common.networks(pipe).values():
         network.requires_grad_(False)
     compiled.compile_decoder(pipe)
-    parameters = list(trainable(pipe).values())
-    for parameter in parameters:
-        parameter.data = parameter.data.to(device) + 0.02 * torch.randn_like(parameter, device=device)
+    parameters = trainable(pipe)
+    for parameter in parameters.values():
+        parameter.data = parameter.data.to(device)
     compiled.compile_blocks(pipe.transformer)
-    return parameters
+    return moved(parameters)
 
 
 def assert_compiled_replays(pipe, tape):
@@ -449,7 +439,6 @@ SHORT = (
     *("--train.per-device-batch-size", 2, "--train.num-inference-steps", 2, "--train.gradient-step-per-epoch", 1),
     *("--train.train-steps", 0, "--eval.num-inference-steps", 2, "--dtype", "float32", "--cpu-threads", 1),
 )
-FULL = {"lumina"}  # diffusers gives it no adapters
 
 
 @pytest.mark.parametrize("script", [grpo, nft], ids=["grpo", "nft"])
@@ -470,7 +459,7 @@ def test_a_family_in_a_script(start, monkeypatch, tmp_path, worded, script):
         return parsed, said
 
     monkeypatch.setattr(script.arguments, "parse_args", parse_for_the_family)
-    kind = ["--finetune-type", "full"] if worded in FULL else []
+    kind = [] if hasattr(pipe.transformer, "add_adapter") else ["--finetune-type", "full"]
     targets = ["--target-modules", "all-linear"] if worded in tiny_pipelines.OTHER_TARGETS else []
     folder = start(script, *SHORT, *kind, *targets, "--reward", f"{tmp_path}/mine.py:brightness=1")
     assert "contract holds" in (folder / "log.txt").read_text()
