@@ -7,7 +7,7 @@ import shutil
 import signal
 import time
 import warnings
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -16,34 +16,30 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from harness.arguments import repeatable
-from harness.ending import RunError
 from harness.fields import refuse
 from harness.parallel import gather, rank
 
-MOST_SKIPPED = 5  # updates in a row
-
-
-def write_file(path, text):
-    """A text file, in the place of what was there before, complete or not at all."""
-    new = path.with_name(f"{path.name}.tmp")
-    with open(new, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # what takes its place is on the disk
-    os.replace(new, path)
-
-
-def temporary(folder):
-    """Where a folder is until it is complete."""
-    return folder.with_name(f"{folder.name}.tmp")
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves by itself
 
 
 @contextmanager
-def atomic_folder(folder, replace=False):
-    """An empty folder to fill, which then becomes `folder`; where that fails nothing of it is left.
+def atomic_file(path):
+    """A text file to write, which then takes the place of what was there before."""
+    with open(temporary(path), "w", encoding="utf-8", newline="") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())  # what takes its place is on the disk
+    os.replace(temporary(path), path)
 
-    What was there before goes only at the end, and only with `replace`; without, it may be an empty folder.
-    """
+
+def temporary(path):
+    """Where a file or folder is until it is complete."""
+    return path.with_name(f"{path.name}.tmp")
+
+
+@contextmanager
+def atomic_folder(folder):
+    """An empty folder to fill, which then takes the place of `folder`; where that fails nothing of it is left."""
     new = temporary(folder)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -55,10 +51,7 @@ def atomic_folder(folder, replace=False):
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    if replace:
-        shutil.rmtree(folder, ignore_errors=True)
-    with suppress(FileNotFoundError):
-        folder.rmdir()
+    shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
 
 
@@ -69,19 +62,16 @@ def sha256(path):
 
 
 def checksum(parameters):
-    """The sum of all bits of float32 parameters as integers, on their own device; 0 of sharded ones."""
-    sums = [p.detach().view(torch.int32).sum() for p in parameters if not isinstance(p, DTensor)]
-    return torch.stack(sums).sum().item() if sums else 0
+    """The sum of all bits of float32 parameters as integers; 0 of sharded ones."""
+    return sum(p.detach().view(torch.int32).sum().item() for p in parameters if not isinstance(p, DTensor))
 
 
-def check_finite(policy, epoch):
+def check_finite(run, epoch, policy):
     """End the run where a trained parameter is not finite: nothing of it is saved. policy: {name: parameter}."""
     local = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in policy.items()}
-    finite = torch.stack([p.detach().isfinite().all() for p in local.values()]).tolist()
-    wrong = [name for name, holds in zip(local, finite, strict=True) if not holds]
-    if wrong := next(filter(None, gather(wrong[:1])), None):
+    if wrong := sum(gather([name for name, p in local.items() if not p.isfinite().all()]), []):
         remedy = "nothing of it was saved; a smaller train.learning_rate would do"
-        raise RunError(f"after epoch {epoch} {wrong[0]} is not finite; {remedy}")
+        raise run.error(f"after epoch {epoch} {wrong[0]} is not finite; {remedy}")
 
 
 def checkpoints(run_folder):
@@ -103,24 +93,25 @@ def damage(checkpoint):
 
 
 def newest_checkpoint(run):
-    """The newest checkpoint of a run that is undamaged, or None if no epoch was finished."""
+    """The newest checkpoint of a run that is undamaged, and its state; (None, None) if no epoch was finished."""
     for left in (run.folder / "checkpoints").glob("*.tmp"):  # by a process that was killed, maybe when it was complete
-        if damage(left):
-            shutil.rmtree(left)
-        else:
+        if damage(left) is None:
             shutil.rmtree(left.with_suffix(""), ignore_errors=True)
             left.rename(left.with_suffix(""))
+        else:
+            shutil.rmtree(left)
     damaged = []
     for checkpoint in reversed(checkpoints(run.folder)):
         if (reason := damage(checkpoint)) is None:
             for bad in damaged:
                 run.print(f"damaged: {bad}; {checkpoint.name} is used")
-            return checkpoint
+            return checkpoint, json.loads((checkpoint / "state.json").read_text())
         damaged.append(f"{checkpoint.name}: {reason}")
     table = run.folder / "metrics.csv"
     if damaged or (table.is_file() and table.read_bytes().count(b"\n") > 2):  # more than epoch 0
         found = "; ".join(damaged) or "there is none"
         refuse("resume", str(run.folder), f"has no checkpoint that is whole ({found})")
+    return None, None
 
 
 class Checkpoint:
@@ -147,17 +138,15 @@ class Checkpoint:
         """At the end of an epoch: write what is due, and end the run if it was asked to or cannot learn any more."""
         run = self.run
         last = epoch >= run.args.train.max_epochs
-        broken = run.skipped_in_a_row >= MOST_SKIPPED
-        interrupted = max(gather(run.interrupted or 0))  # in any process
-        check_finite(self.policy, epoch)
+        interrupted = max(gather(run.interrupted))  # in any process
+        check_finite(run, epoch, self.policy)
         if len(set(gather(checksum(self.policy.values())))) > 1:
-            raise RunError("the processes have come to different parameters; is the hardware sound?")
-        if last or broken or interrupted or epoch % run.args.checkpoint_freq == 0:
+            raise run.error("the processes have come to different parameters; is the hardware sound?")
+        if last or run.broken or interrupted or epoch % run.args.checkpoint_freq == 0:
             self._write(epoch, updates)
         run.in_loop = not last
-        if broken:
-            skipped = f"{run.skipped_in_a_row} updates in a row were skipped"
-            raise RunError(f"{skipped}, the last because {run.culprit} is not finite")
+        if run.broken:
+            raise run.error(run.broken)
         if interrupted and not last:
             name = signal.Signals(interrupted).name
             run.print(f"{name}: epoch {epoch} is finished and saved; continue with: {run.command}")
@@ -168,15 +157,12 @@ class Checkpoint:
         tensors = self._tensors()
         for name, p in self.policy.items():
             tensors |= {f"optimizer/{name}/{key}": t for key, t in self.optimizer.state.get(p, {}).items()}
-        state = {
-            **{"epoch": epoch, "updates": updates, "seconds": time.time() - run.started, "rows": run.rows},
-            "skipped_in_a_row": run.skipped_in_a_row if run.skipped_in_a_row < MOST_SKIPPED else 0,
-            "args": repeatable(run.args),
-        }
+        state = {"epoch": epoch, "updates": updates, "args": repeatable(run.args), "rows": run.rows}
+        state |= {"seconds": time.time() - run.started, "skipped_in_a_row": run.skipped_in_a_row}
         if rank() and not sharded:
             return
         folder = run.folder / "checkpoints" / f"epoch_{epoch:04d}"
-        with nullcontext(temporary(folder)) if rank() else atomic_folder(folder, replace=True) as new:
+        with nullcontext(temporary(folder)) if rank() else atomic_folder(folder) as new:
             if sharded:
                 gather("the folder is there")
             with _its_own_error():
@@ -196,14 +182,13 @@ class Checkpoint:
 
         evaluate(epoch) -> its columns of metrics.csv: for a run that is to end at the epoch where it was stopped.
         """
-        run = self.run
+        run, state = self.run, self.run.state
         run.in_loop = True
-        if run.checkpoint is None:
+        if state is None:
             if run.args.resume:
                 run.print("no epoch was finished; beginning again")
             return 0, 0
         self._read()
-        state = json.loads((run.checkpoint / "state.json").read_text())
         run.rows, run.skipped_in_a_row = state["rows"], state["skipped_in_a_row"]
         run.started = time.time() - state["seconds"]
         if rank() == 0:
@@ -213,37 +198,33 @@ class Checkpoint:
         run.print(f"resumed: epochs up to {state['epoch']} are done{done}")
         if state["epoch"] == epochs and "eval/total" not in run.rows[-1]:
             row = run.rows.pop()
-            run.skipped, _ = row.pop("train/skipped"), row.pop("seconds")
+            run.skipped = row["train/skipped"]
             run.log(row | evaluate(epochs))
             self.save(epochs, state["updates"])
         return state["epoch"] + 1, state["updates"]
 
     def _read(self):
         """Put what the checkpoint has, this process's shard of it, into parameters, snapshots and optimizer."""
-        reader = HuggingFaceStorageReader(str(self.run.checkpoint))
+        reader, run = HuggingFaceStorageReader(str(self.run.checkpoint)), self.run
         saved = reader.read_metadata().state_dict_metadata
-        own = self._tensors()
-        for key, tensor in own.items():
+        local = self._tensors()
+        for key, tensor in local.items():
             if key not in saved or saved[key].size != tensor.shape:
-                name, model = key.partition("/")[2], self.run.args.model
-                raise RunError(f"{name} is not as in {self.run.checkpoint}; is {model} the model that it was?")
-        states = [{} for _ in self.policy]  # of the optimizer, by the number of the parameter
-        for state, (name, p) in zip(states, self.policy.items(), strict=True):
-            for key in saved:
-                if key.startswith(f"optimizer/{name}/"):
-                    kind = key.rpartition("/")[2]
-                    own[key] = state[kind] = torch.zeros(()) if kind == "step" else torch.zeros_like(p.detach())
+                name, model = key.partition("/")[2], run.args.model
+                raise run.error(f"{name} is not as in {run.checkpoint}; is {model} the model that it was?")
+        states = {name: {} for name in self.policy}  # of the optimizer
+        for _, name, kind in (key.split("/") for key in saved if key.startswith("optimizer/")):
+            empty = torch.zeros(()) if kind == "step" else torch.zeros_like(self.policy[name].detach())
+            local[f"optimizer/{name}/{kind}"] = states[name][kind] = empty
         with torch.no_grad(), _its_own_error():
-            dcp.load(own, storage_reader=reader, no_dist=True)
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": dict(enumerate(states))})
+            dcp.load(local, storage_reader=reader, no_dist=True)
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": dict(enumerate(states.values()))})
 
 
 @contextmanager
 def _its_own_error():
-    """Raise what went wrong in a process as it was there, and say nothing of there being only one."""
+    """Raise what went wrong in a process as it was there."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            yield
+        yield
     except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from error

@@ -1,4 +1,4 @@
-"""What a run says: its plan, a line for each epoch, and what came of it."""
+"""What a script says and leaves unsaid on the console."""
 
 import os
 import signal
@@ -10,9 +10,6 @@ import transformers
 from tqdm import tqdm
 
 from harness.parallel import rank, world_size
-
-TELLING = ("reward/total", "zero_std", "group_spread", "kl", "clip_fraction", "v_old_distance", "v_ref_distance")
-"""Of the metrics of an epoch, those on its line."""
 
 
 @contextmanager
@@ -68,28 +65,4 @@ def plan(args, policy, trained_steps, networks, most_steps=None):
         f"each over trained steps: {trained_steps};\n"
         f"          {'at most ' if most_steps else ''}{forwards:,} network evaluations to sample, {replays:,} to train"
         f"{twice}"
-    )
-
-
-def epoch_line(row):
-    """One line with the most telling columns of a row of metrics.csv."""
-    shown = {key: row[f"train/{key}"] for key in TELLING if f"train/{key}" in row}
-    shown |= {k: value for k, value in row.items() if k.startswith("eval/") and not k.startswith("eval/image/")}
-    values = "  ".join(f"{key} {value:.3g}" for key, value in shown.items())
-    return f"epoch {row['epoch']:4d}  images {row['images']:7d}  {row['seconds']:6.0f} s  {values}"
-
-
-def outcome(folder, rows, denoisers, finetune_type):
-    """The last lines of a run: what was gained, where it is, and the Python that loads its weights."""
-    totals = [row["eval/total"] for row in rows if "eval/total" in row]
-    load = [
-        f'pipe.{name} = pipe.{name}.from_pretrained("{folder}/{name}")'
-        if finetune_type == "full"
-        else f'pipe.load_lora_weights("{folder}/lora")'
-        for name in denoisers
-    ]
-    gained = f"eval/total {totals[0]:.3f} -> {totals[-1]:.3f} in {rows[-1]['images']} images"
-    return (
-        f"done: {gained}; in {folder} are metrics.csv, curve.png (with matplotlib), images/ and the weights:\n"
-        f"      {'; '.join(dict.fromkeys(load))}"
     )

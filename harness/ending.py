@@ -13,23 +13,10 @@ from common import CannotReplay
 from harness.fields import refuse, set_by
 from harness.machine import out_of_memory
 from harness.parallel import processes, rank
+from harness.run import Run
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-
-
-class Current:
-    """The run of this process, if one has begun, for what has to end it from outside the loop."""
-
-    run = None
-
-
-class RunError(SystemExit):
-    """Ends a run that has begun with one line."""
-
-    def __init__(self, message):
-        then = f"; continue with: {Current.run.command}" if Current.run else ""
-        super().__init__(f"error: {message}{then}")
 
 
 def start(main):
@@ -45,13 +32,13 @@ def start(main):
         try:
             main()
         except Exception as error:
-            run = Current.run
+            run = Run.current
             if run is None:
                 raise
             if isinstance(error, torch.OutOfMemoryError):
-                raise RunError(out_of_memory(error, run.args)) from error
+                raise run.error(out_of_memory(error, run.args)) from error
             if getattr(error, "errno", None) in NO_ROOM:
-                raise RunError(f"cannot write in {run.folder}, where older checkpoints are whole: {error}") from error
+                raise run.error(f"cannot write in {run.folder}, where older checkpoints are whole: {error}") from error
             if isinstance(error, CannotReplay):
                 refuse("model", run.args.model, error)
             if getattr(error, "in_pipeline_call", False) and len(run.rows) < 2:  # that of epoch 0: nothing was trained
@@ -76,7 +63,7 @@ def _refuse_call(error, run):
 def _interrupt(number, frame):
     for each in SIGNALS:
         signal.signal(each, signal.SIG_DFL)
-    run, name = Current.run, signal.Signals(number).name
+    run, name = Run.current, signal.Signals(number).name
     going_on = run is not None and run.in_loop
     line = "finishing and saving the epoch in hand; once more ends at once" if going_on else "ended before training"
     then = f"; continue with: {run.command}" if run else ""

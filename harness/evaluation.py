@@ -1,29 +1,22 @@
 """Scoring images while the next are made, what they look like, and the evaluation: the plain pipeline under its own
-ODE, on fixed prompts and fixed noise.
+ODE, on fixed prompts and fixed noise; and the pictures of it: a grid of images, and the curve.
 """
 
+import importlib.util
 import math
+import textwrap
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageDraw
 
 from common import autocast, call_arguments, copy_nested, generators, in_pipeline_call, rollout
 from harness.console import progress
 from harness.data import with_pictures
 from harness.parallel import gather, gather_rows, local_shard, recording
-from harness.pictures import evenly
-
-
-def silent_groups(totals, group_size):
-    """Which groups have rewards that are all equal, and so say nothing. totals: (N,); returns (groups,) booleans."""
-    groups = totals.reshape(-1, group_size)
-    return (groups == groups[:, :1]).all(dim=1)
-
-
-def contrast(images):
-    """{"contrast": (N,)}: std of the pixels of an image. images: (N, ...)."""
-    return {"contrast": images.flatten(1).std(dim=1)}
 
 
 class Scoring:
@@ -32,7 +25,8 @@ class Scoring:
     Images come in the order of their groups. What is kept of them is the group that is not complete yet.
     """
 
-    def __init__(self, reward, group_size, statistics=contrast):
+    def __init__(self, reward, group_size, statistics=lambda images: {"contrast": images.flatten(1).std(dim=1)}):
+        """statistics: images (B, ...) -> {"name": (B,)}; contrast is the std of an image's pixels."""
         self.reward, self.group_size, self.statistics = reward, group_size, statistics
         self.thread, self.calls = ThreadPoolExecutor(1), []
         self.columns, self.incomplete = defaultdict(list), []
@@ -76,11 +70,11 @@ def epoch_metrics(scores, statistics, group_size):
 
     zero_std: share of groups whose rewards are all equal; group_spread: how different a group's images are.
     """
-    totals = scores["total"]
+    groups = scores["total"].reshape(-1, group_size)
     return {
         **{f"reward/{name}": value.mean() for name, value in scores.items()},
-        "reward_std": totals.reshape(-1, group_size).std(dim=1, correction=0).mean(),
-        "zero_std": silent_groups(totals, group_size).float().mean(),
+        "reward_std": groups.std(dim=1, correction=0).mean(),
+        "zero_std": (groups == groups[:, :1]).all(dim=1).float().mean(),
         **statistics,
     }
 
@@ -90,12 +84,6 @@ def image_statistics(images):
 
     images: (N, 3, H, W) in [0, 1], or videos (N, frames, 3, H, W), of which the frames' mean is taken. Grey is the
     mean of the three channels; a neighbour is one pixel to the left, right, above or below.
-
-    mean: of all values; 0 black to 1 white.
-    contrast: standard deviation of all values; 0 to 0.5.
-    sharpness: mean |grey of a pixel - mean of its four neighbours'|; 0 to 1, a checkerboard of pixels.
-    edge_density: share of the pairs of neighbours whose grey differs by more than 0.1; 0 to 1.
-    saturation: mean of (max - min) / max of a pixel's channels, that of HSV; 0 grey to 1 pure colours.
     """
     frames = images.float().flatten(0, -4)
     grey = frames.mean(dim=1)
@@ -103,17 +91,18 @@ def image_statistics(images):
     steps = torch.cat([grey.diff(dim=1).flatten(1), grey.diff(dim=2).flatten(1)], dim=1)
     most, least = frames.amax(dim=1), frames.amin(dim=1)
     statistics = {
-        "mean": frames.flatten(1).mean(dim=1),
-        "contrast": frames.flatten(1).std(dim=1, correction=0),
-        "sharpness": (grey[:, 1:-1, 1:-1] - around).abs().flatten(1).mean(dim=1),
-        "edge_density": (steps.abs() > 0.1).float().mean(dim=1),
-        "saturation": ((most - least) / most.clamp(min=1e-6)).flatten(1).mean(dim=1),
+        "mean": frames.flatten(1).mean(dim=1),  # of all values; 0 black to 1 white
+        "contrast": frames.flatten(1).std(dim=1, correction=0),  # of all values; 0 to 0.5
+        "sharpness": (grey[:, 1:-1, 1:-1] - around).abs().flatten(1).mean(dim=1),  # 1 is a checkerboard of pixels
+        "edge_density": (steps.abs() > 0.1).float().mean(dim=1),  # share of the pairs of neighbours
+        "saturation": ((most - least) / most.clamp(min=1e-6)).flatten(1).mean(dim=1),  # HSV's; 0 grey to 1 pure colours
     }
     return {name: value.reshape(len(images), -1).mean(dim=1) for name, value in statistics.items()}
 
 
 SHOWN = 32  # images of an evaluation that are kept and drawn
 FRAMES = 8  # of a video among them
+GAP = 2  # pixels of the line between the base model's image and the policy's
 
 
 @torch.no_grad()
@@ -148,9 +137,66 @@ def evaluate(pipe, args, rows, reward):
         for i, image in enumerate(images, start):
             if i in shown:
                 frames = image[evenly(len(image), FRAMES)] if image.ndim == 4 else image[None]
-                shown[i] = (frames.permute(0, 2, 3, 1) * 255).round().clamp(0, 255).byte().cpu().numpy()
+                shown[i] = pixels(frames)
     scores, statistics = scoring.finish()
     parts = gather({i: frames for i, frames in shown.items() if frames is not None})
     shown = {i: frames for part in parts for i, frames in part.items()}
     scores = {name: value.cpu() for name, value in scores.items()}
     return prompts, scores, {name: mean.item() for name, mean in statistics.items()}, shown
+
+
+def evenly(count, most):
+    """Up to `most` indices below count, evenly taken, the first and the last among them."""
+    return np.linspace(0, count - 1, min(most, count)).astype(int).tolist()
+
+
+def pixels(images):
+    """Images (B, 3, H, W) in [0, 1] as an array (B, H, W, 3) of uint8."""
+    return (images.float().permute(0, 2, 3, 1) * 255).round().clamp(0, 255).byte().cpu().numpy()
+
+
+def save_grid(path, shown, prompts, totals, base=None):
+    """A PNG of images (a row of frames for a video), each with its prompt and its reward under it.
+
+    shown: {i: (frames, H, W, 3) uint8}; prompts, totals: by the same i. base: (shown, totals) of the base model for
+    the same noise, drawn at the left of each image (above each video), with a line between them and its reward.
+    """
+    frames, side = next(iter(shown.values())).shape[:2]
+    scale, axis, tiles = max(1, 128 // side), 1 if frames == 1 else 0, []
+    for i, policy in shown.items():
+        tile, caption = np.hstack(policy).repeat(scale, axis=0).repeat(scale, axis=1), f"{totals[i]:.3g}"
+        if base is not None:
+            before = np.hstack(base[0][i]).repeat(scale, axis=0).repeat(scale, axis=1)
+            tile = np.concatenate([before, np.full_like(tile.take(range(GAP), axis), 255), tile], axis)
+            caption = f"base {base[1][i]:.3g}{' | ' if frames == 1 else ', below '}policy {caption}"
+        height, width = tile.shape[:2]
+        tiles.append(Image.new("RGB", (width + 8, height + 44), "white"))
+        tiles[-1].paste(Image.fromarray(tile), (4, 4))
+        prompt = "\n".join(textwrap.wrap(prompts[i], width // 6)[:2])
+        ImageDraw.Draw(tiles[-1]).text((4, height + 6), f"{prompt}\n{caption}", fill="black")
+    columns = min(max(1, 8 * side * scale // (width - GAP)), len(tiles))
+    tiles += [Image.new("RGB", tiles[0].size, "white")] * (-len(tiles) % columns)
+    make_image_grid(tiles, len(tiles) // columns, columns).save(path)
+
+
+def save_curve(path, rows):
+    """A PNG of eval/total and its rewards, and of the training reward, against images; where matplotlib is installed.
+
+    rows: of metrics.csv, {column: number}.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    from matplotlib.figure import Figure  # without a display
+
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
+    of_evaluation = [key for key in rows[0] if key.startswith("eval/") and not key.startswith("eval/image/")]
+    for key in [*(of_evaluation if len(of_evaluation) > 2 else of_evaluation[:1]), "train/reward/total"]:
+        points = [(row["images"], row[key]) for row in rows if key in row]
+        if points:
+            style = {"alpha": 0.4} if key.startswith("train/") else {"marker": "o", "markersize": 3}
+            axes.plot(*zip(*points, strict=True), label=key, **style)
+    axes.set(xlabel="images sampled in training")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=90, bbox_inches="tight")

@@ -33,7 +33,7 @@ def work(folder, pipe, script, argv, die, limit):
     os.chdir(folder)
     sys.stdout = sys.stderr = open("output", "w", buffering=1)  # noqa: SIM115
     os.dup2(sys.stdout.fileno(), 2)
-    sys.argv, machine.load_pipeline, ending.Current.run = [script, *argv], lambda *_: pipe, None
+    sys.argv, machine.load_pipeline, ending.Run.current = [script, *argv], lambda *_: pipe, None
     calls = itertools.count(1)
 
     def deadly(function):
@@ -179,7 +179,7 @@ def test_a_signal_finishes_and_saves_the_epoch_and_a_second_one_ends_at_once(for
 
 
 def test_a_signal_before_training_ends_at_once(monkeypatch, capfd):
-    monkeypatch.setattr(ending.Current, "run", None)
+    monkeypatch.setattr(ending.Run, "current", None)
     with handlers_kept(), pytest.raises(SystemExit) as exit:
         ending.start(lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert exit.value.code == 143 and "SIGTERM: ended before training" in capfd.readouterr().err

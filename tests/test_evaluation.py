@@ -17,7 +17,7 @@ import grpo_guard
 import nft
 import rewards
 from common import gdpo_advantages
-from harness import arguments, evaluation, pictures
+from harness import arguments, evaluation
 from harness.evaluation import image_statistics
 
 SCRIPTS = pytest.mark.parametrize("script", [grpo, grpo_guard, nft], ids=lambda script: script.__name__)
@@ -217,13 +217,13 @@ def test_statistics_are_logged_after_the_rewards(run, seen, capsys):
 
 
 def test_grids_of_many_images(tmp_path):
-    shown = {i: np.full((1, 16, 16, 3), i, np.uint8) for i in pictures.evenly(100, 32)}
+    shown = {i: np.full((1, 16, 16, 3), i, np.uint8) for i in evaluation.evenly(100, 32)}
     assert len(shown) == 32 and min(shown) == 0 and max(shown) == 99
-    assert pictures.evenly(2, 32) == [0, 1] and pictures.evenly(81, 8)[::7] == [0, 80]
+    assert evaluation.evenly(2, 32) == [0, 1] and evaluation.evenly(81, 8)[::7] == [0, 80]
     prompts, totals, path = ["a red circle"] * 100, torch.arange(100), tmp_path / "grid.png"
-    pictures.save_grid(path, shown, prompts, totals)
+    evaluation.save_grid(path, shown, prompts, totals)
     assert Image.open(path).size == (8 * 136, 4 * 172)
-    pictures.save_grid(path, shown, prompts, totals, ({i: image + 100 for i, image in shown.items()}, totals))
+    evaluation.save_grid(path, shown, prompts, totals, ({i: image + 100 for i, image in shown.items()}, totals))
     assert Image.open(path).size == (4 * 266, 8 * 172)
     last = [(3 * 266 + 4 + x, 7 * 172 + 4) for x in (0, 127, 128, 129, 130, 257)]
     assert [Image.open(path).getpixel(place)[0] for place in last] == [199, 199, 255, 255, 99, 99]
@@ -231,12 +231,12 @@ def test_grids_of_many_images(tmp_path):
 
 def test_captions_fill_their_lines(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(pictures.ImageDraw.ImageDraw, "text", lambda draw, place, text, **_: said.append(text))
+    monkeypatch.setattr(evaluation.ImageDraw.ImageDraw, "text", lambda draw, place, text, **_: said.append(text))
     prompts = ["a red circle", "x" * 30 + " and more", "红" * 50]
     shown = {i: np.zeros((1, 128, 128, 3), np.uint8) for i in range(3)}
-    pictures.save_grid(tmp_path / "grid.png", shown, prompts, [0.5, 0.5, 0.5])  # 21 letters on each line
+    evaluation.save_grid(tmp_path / "grid.png", shown, prompts, [0.5, 0.5, 0.5])  # 21 letters on each line
     assert said == ["a red circle\n0.5", f"{'x' * 21}\n{'x' * 9} and more\n0.5", f"{'红' * 21}\n{'红' * 21}\n0.5"]
-    pictures.save_grid(tmp_path / "grid.png", shown, ["a red circle"] * 3, [0.5] * 3, (shown, [0.25] * 3))
+    evaluation.save_grid(tmp_path / "grid.png", shown, ["a red circle"] * 3, [0.5] * 3, (shown, [0.25] * 3))
     assert said[-1] == "a red circle\nbase 0.25 | policy 0.5"
 
 
@@ -244,12 +244,12 @@ def test_the_curve_is_of_what_was_evaluated(tmp_path, monkeypatch):
     axes, drawn = pytest.importorskip("matplotlib.axes").Axes, []
     monkeypatch.setattr(axes, "plot", lambda self, x, y, label, **style: drawn.append((label, x, y)))
     rows = [{"images": 0, "eval/total": 1, "eval/a": 1, "eval/image/mean": 2}, {"images": 8, "train/reward/total": 3}]
-    pictures.save_curve(tmp_path / "curve.png", rows)
+    evaluation.save_curve(tmp_path / "curve.png", rows)
     assert drawn == [("eval/total", (0,), (1,)), ("train/reward/total", (8,), (3,))]  # of one reward, the total
-    pictures.save_curve(tmp_path / "curve.png", [rows[0] | {"eval/b": 1}, rows[1]])
+    evaluation.save_curve(tmp_path / "curve.png", [rows[0] | {"eval/b": 1}, rows[1]])
     assert [label for label, *_ in drawn[2:]] == ["eval/total", "eval/a", "eval/b", "train/reward/total"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    pictures.save_curve(tmp_path / "none.png", rows)
+    evaluation.save_curve(tmp_path / "none.png", rows)
     assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
 
 

@@ -258,7 +258,7 @@ def test_a_closed_stdout_ends_a_script_in_a_line(monkeypatch, tmp_path, begun):
     os.close(reader)
     with open(writer, "w") as closed, handlers_kept(), pytest.raises(SystemExit) as exit:
         monkeypatch.setattr(sys, "stdout", closed)
-        monkeypatch.setattr(ending.Current, "run", run)
+        monkeypatch.setattr(ending.Run, "current", run)
         ending.start(lambda: harness_run.Run.print(run, "x") if begun else arguments.parse_args(grpo.Args, "", ["-h"]))
     assert exit.value.code == ("error: nobody reads the output any more; continue with: a command" if begun else 141)
 
