@@ -19,8 +19,6 @@ from harness.arguments import repeatable
 from harness.fields import refuse
 from harness.parallel import gather, rank
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves by itself
-
 
 @contextmanager
 def atomic_file(path):
@@ -223,8 +221,9 @@ class Checkpoint:
 
 @contextmanager
 def _its_own_error():
-    """Raise what went wrong in a process as it was there."""
+    """Raise what went wrong in a process as it was there, and say nothing of there being only one."""
     try:
-        yield
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            yield
     except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from error

@@ -121,7 +121,7 @@ class Run:
         """What to raise to end a run that has begun: a line."""
         return SystemExit(f"error: {message}; continue with: {self.command}")
 
-    def print(self, line=""):
+    def print(self, line):
         """A line on the console and in log.txt."""
         if rank():
             return
@@ -272,9 +272,10 @@ class Run:
 def _new_folder(args, script):
     """Make the folder of a new run; without a name it gets the time's, and one that no other run has taken."""
     folder = named = Path(args.output_dir) / (args.run_name or time.strftime(f"{Path(script).stem}-%Y%m%d-%H%M%S"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
     for attempt in itertools.count(2):
         with suppress(FileExistsError):
-            folder.mkdir(parents=True, exist_ok=bool(args.run_name))
+            folder.mkdir(exist_ok=bool(args.run_name))
             return folder
         folder = named.with_name(f"{named.name}-{attempt}")
 

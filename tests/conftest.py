@@ -13,9 +13,12 @@ import torch
 
 import common
 import grpo
+import grpo_guard
+import nft
 from harness import ending, machine
 from harness.settings import RunArgs
 
+SCRIPTS = {"grpo.py": grpo, "grpo_guard.py": grpo_guard, "nft.py": nft}
 logging.disable(logging.DEBUG)  # thousands of lines of torch's checkpoints beside each failure
 torch.set_num_threads(1)  # the same result on every machine, and the fastest where the cores are shared
 
@@ -62,13 +65,17 @@ def call():
     return make
 
 
+def write_prompts(folder):
+    """The command line, typed there, that names two short prompt files."""
+    (folder / "train.txt").write_text("a red circle\na blue square\nthree green triangles\n")
+    (folder / "eval.txt").write_text("a white cross\ntwo red circles\n")
+    return ["--prompts", "train.txt", "--eval.prompts", "eval.txt"]
+
+
 @pytest.fixture
 def prompt_files(tmp_path):
-    """The command line that names two short prompt files."""
-    train, held_out = tmp_path / "train.txt", tmp_path / "eval.txt"
-    train.write_text("a red circle\na blue square\nthree green triangles\n")
-    held_out.write_text("a white cross\ntwo red circles\n")
-    return ["--prompts", str(train), "--eval.prompts", str(held_out)]
+    """The command line that names two short prompt files from anywhere."""
+    return [word if word.startswith("--") else str(tmp_path / word) for word in write_prompts(tmp_path)]
 
 
 SMALL = [

@@ -13,27 +13,23 @@ import time
 
 import pytest
 import torch
-from conftest import handlers_kept
+from conftest import SCRIPTS, handlers_kept, write_prompts
 from PIL import Image
 from test_checkpoint import MINE, TINY, assert_same_run
 
 import common
 import grpo
-import grpo_guard
-import nft
 from harness import ending, machine
 from harness.checkpoint import checkpoints, damage
 from harness.settings import RunArgs
 
-SCRIPTS = {"grpo.py": grpo, "grpo_guard.py": grpo_guard, "nft.py": nft}
 
-
-def work(folder, pipe, script, argv, die, limit):
-    """Be a process that runs a script in a folder, with a pipeline that is loaded already; see Forks.begin."""
-    os.chdir(folder)
+def work(forks, script, argv, die, limit):
+    """Be a process that runs a script with a pipeline that is loaded already; see Forks.begin."""
+    os.chdir(forks.folder)
     sys.stdout = sys.stderr = open("output", "w", buffering=1)  # noqa: SIM115
     os.dup2(sys.stdout.fileno(), 2)
-    sys.argv, machine.load_pipeline, ending.Run.current = [script, *argv], lambda *_: pipe, None
+    sys.argv, machine.load_pipeline, ending.Run.current = [script, *argv], lambda *_: forks.pipe, None
     calls = itertools.count(1)
 
     def deadly(function):
@@ -55,21 +51,18 @@ class Forks:
     """Scripts as processes of their own, one at a time, forked from this one."""
 
     def __init__(self, folder):
-        self.folder, self.output = folder, folder / "output"
-        (folder / "train.txt").write_text("a red circle\na blue square\nthree green triangles\n")
-        (folder / "eval.txt").write_text("a white cross\ntwo red circles\n")
-        self.new = [*TINY, "--prompts", "train.txt", "--eval.prompts", "eval.txt", "--run-name"]
-        self.whole = {}
+        self.folder, self.output, self.whole = folder, folder / "output", {}
+        self.new = [*TINY, *write_prompts(folder), "--run-name"]
         self.pipe = common.load_pipeline(RunArgs.model, "cpu", torch.float32)
 
     def begin(self, script, name, *argv, die=None, limit=None):
-        """Start a process that begins a run, or resumes it if it is there, as someone does who finds it dead.
+        """Start a process that begins a run, or resumes it if it has begun, as someone does who finds it dead.
 
         die: it kills itself just before that many-th call of those that make files last, move or vanish; limit: the
         largest file that it can write, in bytes.
         """
-        begin = ["--resume"] if (self.folder / "runs" / name).exists() else self.new
-        known = (self.folder, self.pipe, script, [*begin, name, *argv], die, limit)
+        begin = ["--resume"] if (self.folder / "runs" / name / "args.yaml").exists() else self.new
+        known = (self, script, [*begin, name, *argv], die, limit)
         self.process = multiprocessing.get_context("fork").Process(target=work, args=known)
         self.process.start()
         return self.process
@@ -152,7 +145,7 @@ def test_a_signal_at_a_random_moment(forks, number):
     whole, seconds = forks.undisturbed("grpo.py")
     name = signal.Signals(number).name
     process = forks.begin("grpo.py", name)
-    wait_for((forks.folder / "runs" / name).exists)
+    wait_for((forks.folder / "runs" / name / "args.yaml").exists)
     time.sleep(random.uniform(0, 0.6) * seconds)
     os.kill(process.pid, number)  # until it is joined there is such a process
     status, said = forks.end()

@@ -9,7 +9,7 @@ import tiny_pipelines
 import torch
 from conftest import read_csv
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from PIL import Image, ImageFilter
+from PIL import Image
 
 import common
 import grpo
@@ -132,15 +132,22 @@ def test_a_failing_reward_ends_the_run_at_once(start, monkeypatch, tmp_path, scr
     assert len(sampled) == 2  # of 8: the second was under way
 
 
-def test_evaluation_has_rewards_of_its_own(run, brightness):
-    folder = run("--eval.reward", f"{brightness}=2", "--eval.images-per-prompt", 2)
+def test_evaluation_has_rewards_and_prompts_of_its_own(run, refused, brightness, tmp_path):
+    (tmp_path / "other.txt").write_text("an astronaut on a horse\n")  # which the reward of evaluation cannot score
+    asked = ["--eval.reward", f"{brightness}=2", "shapes=0.5", "--eval.images-per-prompt", 2]
+    folder = run("--prompts", tmp_path / "other.txt", *asked)
     last = {key: float(value) for key, value in read_csv(folder / "metrics.csv")[-1].items()}
-    assert last["eval/total"] == pytest.approx(2 * last[f"eval/{brightness}"]) and last["eval/jpeg_compressibility"] < 0
-    assert last["train/reward/total"] < 0 and f"train/reward/{brightness}" not in last
+    assert last["eval/total"] == pytest.approx(2 * last[f"eval/{brightness}"] + 0.5 * last["eval/shapes"])
+    assert last["eval/jpeg_compressibility"] < 0 > last["train/reward/total"]
+    assert f"train/reward/{brightness}" not in last
     kept = read_csv(folder / "images" / "epoch_0002.csv")
-    assert set(kept[0]) == {"prompt", "jpeg_compressibility", brightness, "total"} and len(kept) == 4
+    assert {*kept[0]} == {"prompt", "jpeg_compressibility", brightness, "shapes", "total"} and len(kept) == 4
     again, _ = arguments.parse_args(grpo.Args, "", ["--config", str(folder / "args.yaml")])
-    assert again.eval.reward == {brightness: 2}
+    assert again.eval.reward == {brightness: 2, "shapes": 0.5}
+    message = refused("--eval.prompts", tmp_path / "other.txt", "--eval.reward", "shapes=1")
+    assert "eval.prompts" in message and "'an astronaut on a horse' is outside the grammar" in message
+    asked = {"shape=1": "eval.reward = {'shape': 1.0}: no reward 'shape'; did you mean shapes?", "shapes=inf": "finite"}
+    assert all(said in refused("--eval.reward", reward) for reward, said in asked.items())
 
 
 def test_a_reward_is_made_only_once(monkeypatch):
@@ -157,17 +164,6 @@ def test_a_reward_is_made_only_once(monkeypatch):
         assert [{k: v.item() for k, v in f(torch.zeros(1), ["x"]).items()} for f in pair] == [training, expected]
 
 
-def test_rewards_of_evaluation_score_its_own_prompts_alone(run, refused, tmp_path):
-    (tmp_path / "other.txt").write_text("an astronaut on a horse\n")
-    argv = ["--prompts", tmp_path / "other.txt", "--eval.reward", "shapes=1", "--train.max-epochs", 1]
-    last = read_csv(run(*argv, name="first") / "metrics.csv")[-1]
-    assert last["eval/total"] == last["eval/shapes"] != ""
-    message = refused("--eval.prompts", tmp_path / "other.txt", "--eval.reward", "shapes=1")
-    assert "eval.prompts" in message and "'an astronaut on a horse' is outside the grammar" in message
-    asked = {"shape=1": "eval.reward = {'shape': 1.0}: no reward 'shape'; did you mean shapes?", "shapes=inf": "finite"}
-    assert all(said in refused("--eval.reward", reward) for reward, said in asked.items())
-
-
 def test_statistics_in_closed_form():
     plain = torch.tensor([[0.5, 0.5, 0.5], [0.5, 0, 0], [0.4, 0.3, 0.2], [0, 0, 0]])[..., None, None].expand(4, 3, 8, 8)
     board = (torch.arange(8)[:, None] + torch.arange(8)).remainder(2).float().expand(1, 3, 8, 8)
@@ -181,20 +177,8 @@ def test_statistics_in_closed_form():
     assert values["saturation"].tolist() == pytest.approx([0, 1, 0.5, 0, 0, 0])
     alone = [image_statistics(image[None]) for image in images]
     assert all(torch.allclose(v, torch.cat([a[n] for a in alone])) for n, v in values.items())  # of each by itself
-
-
-def test_statistics_of_a_photograph_like_image_and_of_a_video():
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels).resize((64, 64), Image.BICUBIC)
-    frames = np.stack([image, image.filter(ImageFilter.GaussianBlur(2))]) / 255
-    values = image_statistics(torch.tensor(frames).permute(0, 3, 1, 2))
-    assert all(values[name].diff() < 0 for name in ("sharpness", "edge_density", "contrast", "saturation"))
-    assert values["mean"].diff().abs() < 0.01
-    assert values["saturation"][0].item() == pytest.approx(
-        np.array(image.convert("HSV"))[..., 1].mean() / 255, abs=0.01
-    )
-    of_video = image_statistics(torch.tensor(frames).permute(0, 3, 1, 2)[None])
-    assert all(torch.allclose(of_video[name], value.mean()[None]) for name, value in values.items())
+    of_videos = image_statistics(images.reshape(3, 2, 3, 8, 8))  # the mean of their frames
+    assert all(torch.allclose(of_videos[n], v.reshape(3, 2).mean(dim=1)) for n, v in values.items())
 
 
 def test_statistics_are_logged_after_the_rewards(run, seen, capsys):
@@ -230,14 +214,13 @@ def test_grids_of_many_images(tmp_path):
 
 
 def test_captions_fill_their_lines(tmp_path, monkeypatch):
-    said = []
+    said, prompts = [], ["a red circle", "x" * 30 + " and more", "红" * 50]
     monkeypatch.setattr(evaluation.ImageDraw.ImageDraw, "text", lambda draw, place, text, **_: said.append(text))
-    prompts = ["a red circle", "x" * 30 + " and more", "红" * 50]
     shown = {i: np.zeros((1, 128, 128, 3), np.uint8) for i in range(3)}
-    evaluation.save_grid(tmp_path / "grid.png", shown, prompts, [0.5, 0.5, 0.5])  # 21 letters on each line
-    assert said == ["a red circle\n0.5", f"{'x' * 21}\n{'x' * 9} and more\n0.5", f"{'红' * 21}\n{'红' * 21}\n0.5"]
-    evaluation.save_grid(tmp_path / "grid.png", shown, ["a red circle"] * 3, [0.5] * 3, (shown, [0.25] * 3))
-    assert said[-1] == "a red circle\nbase 0.25 | policy 0.5"
+    evaluation.save_grid(tmp_path / "grid.png", shown, prompts, [0.5] * 3)  # 21 letters on each line
+    evaluation.save_grid(tmp_path / "grid.png", shown, prompts, [0.5] * 3, (shown, [0.25] * 3))
+    assert said[:2] == ["a red circle\n0.5", f"{'x' * 21}\n{'x' * 9} and more\n0.5"]
+    assert said[2:4] == [f"{'红' * 21}\n{'红' * 21}\n0.5", "a red circle\nbase 0.25 | policy 0.5"]
 
 
 def test_the_curve_is_of_what_was_evaluated(tmp_path, monkeypatch):
@@ -253,18 +236,15 @@ def test_the_curve_is_of_what_was_evaluated(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
 
 
-def test_a_reward_of_images_scores_the_frames_of_a_video(tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "import torch\ndef length(images, prompts):\n    assert images.ndim == 4 and len(images) == len(prompts)\n"
-        "    return images.mean(dim=(1, 2, 3)) + torch.tensor([float(len(p)) for p in prompts])\n"
-        "def motion(images, prompts):\n    assert images.shape[1] == 5 and len(images) == len(prompts)\n"
-        "    return images.diff(dim=1).abs().mean(dim=(1, 2, 3, 4))\nmotion.takes_video = True\n"
-    )
-    video = torch.rand(2, 5, 3, 8, 8)
-    names = [f"{tmp_path}/mine.py:length", f"{tmp_path}/mine.py:motion"]
-    length, motion, _ = rewards.make_reward(dict.fromkeys(names, 1.0), "cpu")(video, ["a", "bb"]).values()
-    assert torch.allclose(length, video.mean(dim=(1, 2, 3, 4)) + torch.tensor([1.0, 2.0]))
-    assert torch.allclose(motion, video.diff(dim=1).abs().mean(dim=(1, 2, 3, 4)))
+def test_a_reward_of_images_scores_the_frames_of_a_video(tmp_path, brightness):
+    with open(tmp_path / "mine.py", "a") as file:
+        file.write(
+            "def motion(v, p):\n    return v.diff(dim=1).abs().mean(dim=(1, 2, 3, 4))\nmotion.takes_video = True\n"
+        )
+    video, motion = torch.rand(2, 5, 3, 8, 8), f"{tmp_path}/mine.py:motion"
+    scores = rewards.make_reward({brightness: 1.0, motion: 1.0}, "cpu")(video, ["a", "bb"])
+    assert torch.allclose(scores[brightness], video.mean(dim=(1, 2, 3, 4)))
+    assert torch.allclose(scores[motion], video.diff(dim=1).abs().mean(dim=(1, 2, 3, 4)))
 
 
 @pytest.mark.parametrize("family, script", [("wan", grpo), ("ltx", nft), ("flux", grpo_guard)])

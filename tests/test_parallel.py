@@ -13,19 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, read_csv
+from conftest import SCRIPTS, SMALL, read_csv, write_prompts
 from safetensors.torch import load_file
 
 import common
 import grpo
-import grpo_guard
-import nft
 from harness import checkpoint, checks, parallel
 from harness.checkpoint import checkpoints, damage
 
 ROOT = Path(common.__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-SCRIPTS = {"grpo.py": grpo, "grpo_guard.py": grpo_guard, "nft.py": nft}
 MINE = ROOT / "tests" / "mine.py"
 RUN = [
     *("--train.unique-sample-num-per-epoch", "4", "--train.group-size", "2", "--train.per-device-batch-size", "1"),
@@ -35,11 +32,8 @@ RUN = [
 ]
 """After SMALL: 4 prompts x 2 images in 8 calls, 2 updates; evaluation in 5 calls, whose groups straddle calls."""
 FULL = ["--finetune-type", "full", "--train.learning-rate", "1e-4", "--eval.images-per-prompt", "1"]
-SHARDED = [
-    *(*FULL, "--train.gradient-step-per-epoch", "1", "--train.num-inference-steps", "2"),
-    *("--eval.per-device-batch-size", "1"),
-]
-"""The second of two processes has one evaluation call less."""
+SHARDED = [*FULL, "--train.gradient-step-per-epoch", "1", "--train.num-inference-steps", "2"]
+SHARDED += ["--eval.per-device-batch-size", "1"]  # so that the second of two processes has one call less
 LONG = ["--train.max-epochs", "200", "--eval.eval-freq", "500"]
 
 
@@ -47,10 +41,9 @@ LONG = ["--train.max-epochs", "200", "--eval.eval-freq", "500"]
 def work(tmp_path_factory):
     """A folder to run in; the runs are in its folder runs."""
     folder = tmp_path_factory.mktemp("processes")
-    (folder / "train.txt").write_text(
-        "a red circle\na blue square\nthree green triangles\ntwo white crosses\na red square\n"
-    )
-    (folder / "eval.txt").write_text("a white cross\ntwo red circles\na green square\n")
+    write_prompts(folder)
+    with open(folder / "eval.txt", "a") as file:
+        file.write("a green square\n")
     return folder
 
 
@@ -264,28 +257,24 @@ def test_processes_that_drift_apart_are_found(start, monkeypatch):
         (4, 7, "", "each of 4 processes takes as many prompts, with all images of each; 8 would do"),
         (4, 1, "", "4 would do"),
         (
-            *(4, 4, "--train.per-device-batch-size 8"),
-            "the 4 images of an epoch of each of 4 processes (unique_sample_num_per_epoch x group_size); 4 would",
+            4,
+            4,
+            "--train.per-device-batch-size 8",
+            "of each of 4 processes (unique_sample_num_per_epoch x group_size); 4 w",
         ),
-        (
-            *(4, 4, "--train.gradient-step-per-epoch 2"),
-            "1 pipeline calls of an epoch of each of 4 processes (its images / per_device_batch_size); one of [1]",
-        ),
+        (4, 4, "--train.gradient-step-per-epoch 2", "1 pipeline calls of an epoch of each of 4 processes"),
         (4, 8, "--device meta", "each process has a device of its own"),
         (4, 8, "--shard", "add --finetune-type full"),
+        (4, 8, "", "this machine has 2"),
         (1, 2, "--shard --finetune-type full", "torchrun"),
     ],
 )
 def test_what_processes_cannot_share_is_refused(refusal, monkeypatch, script, count, prompts, options, message):
     monkeypatch.setattr(checks, "world_size", lambda: count)
+    if "machine" in message:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert message in refusal(script, "--train.unique-sample-num-per-epoch", prompts, *options.split())
-
-
-def test_more_processes_than_gpus_are_refused(refusal, monkeypatch):
-    monkeypatch.setattr(checks, "world_size", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert "this machine has 2" in refusal(grpo, "--train.unique-sample-num-per-epoch", "8")
 
 
 def test_a_machine_says_a_refusal_once(refusal, monkeypatch):
