@@ -17,7 +17,7 @@ import torch
 from common import Metrics, average_clip_step
 from harness import ending
 from harness.checkpoint import Checkpoint, checksum
-from harness.parallel import average_gradients, gather_rows, local_shard, rank, world_size
+from harness.parallel import average_gradients, rank, world_size
 
 
 def check_gradients():
@@ -45,18 +45,9 @@ def check_update():
         assert run.skipped_update.called == (expected == 0) and run.took_update.called == (expected != 0)
 
 
-def check_gathering():
-    """Parts of different lengths come together in the order of the ranks, and so do names that some lack."""
-    items = list(range(7))
-    part = local_shard(items)
-    gathered = gather_rows({"all": torch.tensor(part).float()} | ({"last": torch.ones(1)} if part[-1:] == [6] else {}))
-    assert gathered["all"].tolist() == items and gathered["last"].tolist() == [1]
-
-
 def main():
     check_gradients()
     check_update()
-    check_gathering()
     save, sums = Checkpoint.save, []
 
     def watched(self, epoch, updates):
