@@ -1,4 +1,4 @@
-"""Checkpoints: what is written is complete or absent, and what was damaged later is found out."""
+"""Checkpoints: what is written is complete or counts for nothing, and what was damaged later is found out."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ import shutil
 import signal
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -73,9 +73,9 @@ def check_finite(run, epoch, policy):
 
 
 def checkpoints(run_folder):
-    """The checkpoints of a run, oldest first; one that is being written or removed has a suffix and is none."""
-    folders = [path for path in (run_folder / "checkpoints").glob("epoch_*") if not path.suffix]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix("epoch_")))
+    """The checkpoints of a run, oldest first; without its SHA256SUMS one is being written or removed, and is none."""
+    complete = [path.parent for path in run_folder.glob("checkpoints/epoch_*/SHA256SUMS")]
+    return sorted(complete, key=lambda path: (int(path.name.split("_")[1]), path.name))
 
 
 def damage(checkpoint):
@@ -92,12 +92,6 @@ def damage(checkpoint):
 
 def newest_checkpoint(run):
     """The newest checkpoint of a run that is undamaged, and its state; (None, None) if no epoch was finished."""
-    for left in (run.folder / "checkpoints").glob("*.tmp"):  # by a process that was killed, maybe when it was complete
-        if damage(left) is None:
-            shutil.rmtree(left.with_suffix(""), ignore_errors=True)
-            left.rename(left.with_suffix(""))
-        else:
-            shutil.rmtree(left)
     damaged = []
     for checkpoint in reversed(checkpoints(run.folder)):
         if (reason := damage(checkpoint)) is None:
@@ -113,7 +107,7 @@ def newest_checkpoint(run):
 
 
 class Checkpoint:
-    """All that decides how a run goes on, in a folder checkpoints/epoch_NNNN of the run folder.
+    """All that decides how a run goes on, in a folder of checkpoints/ in the run folder.
 
     *.safetensors hold tensors by parameter name, parameters/NAME, <snapshot>/NAME and optimizer/NAME/KEY, in the form
     of torch.distributed.checkpoint: one file, or with --shard one of each process, readable by any number of them.
@@ -159,21 +153,26 @@ class Checkpoint:
         state |= {"seconds": time.time() - run.started, "skipped_in_a_row": run.skipped_in_a_row}
         if rank() and not sharded:
             return
-        folder = run.folder / "checkpoints" / f"epoch_{epoch:04d}"
-        with nullcontext(temporary(folder)) if rank() else atomic_folder(folder) as new:
-            if sharded:
-                gather("the folder is there")
-            with _its_own_error():
-                writer = HuggingFaceStorageWriter(str(new), save_distributed=True)
-                dcp.save(tensors, storage_writer=writer, no_dist=not sharded)
-            if rank():
-                return
-            (new / "state.json").write_text(json.dumps(state))
-            sums = "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(new.iterdir()))
-            (new / "SHA256SUMS").write_text(sums)
+        evaluated = "_evaluated" if "eval/total" in run.rows[-1] else ""  # so that no whole checkpoint is written over
+        folder = run.folder / "checkpoints" / f"epoch_{epoch:04d}{evaluated}"
+        if rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        if sharded:
+            gather("the folder is there")
+        with _its_own_error():
+            writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, no_dist=not sharded)
+        if rank():
+            return
+        (folder / "state.json").write_text(json.dumps(state))
+        sums = "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir()))
+        with atomic_file(folder / "SHA256SUMS") as file:  # now it is complete
+            file.write(sums)
         found = checkpoints(run.folder)
-        for old in found[: found.index(folder) + 1][: -run.args.keep_checkpoints]:  # a later one is damaged
-            shutil.rmtree(old.rename(old.with_suffix(".tmp")))
+        kept = found[max(0, found.index(folder) + 1 - run.args.keep_checkpoints) :]  # later ones are damaged
+        for other in set(run.folder.glob("checkpoints/epoch_*/")) - set(kept):
+            shutil.rmtree(other)
 
     def load(self, evaluate):
         """Take up a resumed run where its newest checkpoint is. Returns (the epoch to begin with, updates done).

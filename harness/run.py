@@ -172,6 +172,7 @@ class Run:
     def watch(self, reward):
         """The reward, but where it fails, the images and prompts of that call are kept."""
 
+        @functools.wraps(reward)
         def watched(images, prompts, rows=None):
             try:
                 return reward(images, prompts, rows)
@@ -184,7 +185,6 @@ class Run:
                 what = str(error).removeprefix("error: ")
                 raise self.error(f"{what}; its images and prompts are in {failed}") from error
 
-        watched.takes_groups = reward.takes_groups
         return watched
 
     def contract(self, terms):
