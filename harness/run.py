@@ -193,13 +193,11 @@ class Run:
         terms: {what: (value, whether it holds)}.
         """
         terms = {what: min(gather(term), key=lambda found: (found[1], -found[0])) for what, term in terms.items()}
+        said = ", ".join(f"{what} {value:.6g}{'' if holds else ' BROKEN'}" for what, (value, holds) in terms.items())
         broken = "; ".join(f"{what} is {value:.6g}" for what, (value, holds) in terms.items() if not holds)
-        if not broken:
-            self.print(f"contract holds: {', '.join(f'{what} {value:.6g}' for what, (value, _) in terms.items())}")
-            return
-        for what, (value, holds) in terms.items():
-            self.print(f"contract: {what}: {value:.6g}{'' if holds else '   BROKEN'}")
-        raise SystemExit(f"error: the first-step contract is broken: {broken}; nothing was trained")
+        self.print(f"contract{'' if broken else ' holds'}: {said}")
+        if broken:
+            raise SystemExit(f"error: the first-step contract is broken: {broken}; nothing was trained")
 
     def evaluate(self, epoch, pipe, reward, policy, average=None):
         """Evaluate, keep the grid and each image's rewards and the weights; returns the columns of metrics.csv.

@@ -33,10 +33,6 @@ def gated(images, prompts):
     return smooth(images, prompts)
 
 
-def broken(images, prompts):
-    raise KeyError("broken")
-
-
 def fails_in_the_second(images, prompts):
     """Of several processes the second one fails, in the first epoch; alone it never does."""
     calls.append(1)

@@ -152,12 +152,6 @@ def test_every_kind_of_state_is_taken_up(runs, capsys, script, options):
     assert "epoch    2" in said and f"epoch    {done}" not in said
 
 
-def test_a_run_without_an_epoch_begins_again(runs, capsys):
-    runs.stopped(grpo, epoch=0)
-    assert_same_run(runs.whole(2), runs.resume(grpo))
-    assert "no epoch was finished; beginning again" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("script", [grpo, nft])
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_stopped_run_that_ends_there_is_evaluated(runs, monkeypatch, script, keep):
@@ -198,20 +192,13 @@ def test_a_finished_run_is_left_alone_or_extended(runs, finished, capsys):
     assert_same_run(runs.whole(4), runs.resume(grpo))  # eval_freq is 2: the same rows
 
 
-def test_the_same_command_resumes(runs, finished, capsys, monkeypatch):
-    monkeypatch.chdir(runs.whole(2).parent)  # where the prompts have shorter names
-    runs.new(grpo, "--prompts", "train.txt", "--eval.prompts", "eval.txt", "--resume", finished, "--device", "cpu")
-    said = capsys.readouterr().out
-    assert f"grpo.py -> {finished}" in said and "resumed: epochs up to 2 are done" in said
-
-
 def test_a_run_goes_on_from_another_folder(runs, tmp_path, monkeypatch, capsys):
     work, reward = tmp_path / "work", "def bright(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n"
     work.mkdir()
     (work / "own.py").write_text(reward)
     (work / "model").symlink_to(RunArgs.model)
     monkeypatch.chdir(work)
-    options = ("--reward", "own.py:bright=1", "--model", "model")
+    options = ("--reward", "own.py:bright=1", "--model", "model", "--prompts", "../train.txt")
     runs.new(grpo, *options, "--train.max-epochs", 1)
     runs.resume(grpo, *options)  # as it was typed
     monkeypatch.chdir(tmp_path)

@@ -127,9 +127,14 @@ def test_a_failing_reward_ends_the_run_at_once(start, monkeypatch, tmp_path, scr
     sampled, rollout = [], common.rollout
     monkeypatch.setattr(common, "rollout", lambda *a, **k: sampled.append(1) or rollout(*a, **k))
     argv = ["--reward", f"{tmp_path}/mine.py:bad=1", "--train.unique-sample-num-per-epoch", 8]
-    with pytest.raises(SystemExit, match=r"^error: reward '.*mine.py:bad' failed: IndexError: [^\n]*$"):
+    with pytest.raises(SystemExit, match=r"^error: reward '.*mine.py:bad' failed: IndexError: [^\n]*$") as exit:
         start(script, *argv, "--eval.per-device-batch-size", 1)
     assert len(sampled) == 2  # of 8: the second was under way
+    kept = tmp_path / "run" / "failed_reward"
+    assert f"; its images and prompts are in {kept}; continue with: python " in str(exit.value)
+    assert {path.name for path in kept.iterdir()} == {*(f"000{i}.png" for i in range(4)), "prompts.txt"}
+    (prompt,) = set((kept / "prompts.txt").read_text().splitlines())  # of the group that could not be scored
+    assert prompt in (tmp_path / "train.txt").read_text() and Image.open(kept / "0003.png").size == (32, 32)
 
 
 def test_evaluation_has_rewards_and_prompts_of_its_own(run, refused, brightness, tmp_path):
