@@ -46,12 +46,21 @@ def work(forks, script, argv, die, limit):
     ending.start(SCRIPTS[script].main)
 
 
+OPTIONS = {
+    "grpo.py": "--train.num-inner-epochs 2 --checkpoint-freq 2",
+    "grpo_guard.py": "--train.num-inference-steps 3 --train.num-train-steps 1 --train.ema-update-interval 3",
+    "nft.py": "--finetune-type full --train.ref-param-device cpu",
+}
+"""With TINY, every kind of state."""
+
+
 class Forks:
     """Scripts as processes of their own, one at a time, forked from this one."""
 
     def __init__(self, folder):
         self.folder, self.output, self.whole = folder, folder / "output", {}
-        self.new = [*TINY, *write_prompts(folder), "--run-name"]
+        prompts = write_prompts(folder)
+        self.new = {script: [*TINY, *OPTIONS[script].split(), *prompts, "--run-name"] for script in SCRIPTS}
         self.pipe = common.load_pipeline(RunArgs.model, "cpu", torch.float32)
 
     def begin(self, script, name, *argv, die=None, limit=None):
@@ -60,7 +69,7 @@ class Forks:
         die: it kills itself just before that many-th call of those that make files last, move or vanish; limit: the
         largest file that it can write, in bytes.
         """
-        begin = ["--resume"] if (self.folder / "runs" / name / "args.yaml").exists() else self.new
+        begin = ["--resume"] if (self.folder / "runs" / name / "args.yaml").exists() else self.new[script]
         known = (self, script, [*begin, name, *argv], die, limit)
         self.process = multiprocessing.get_context("fork").Process(target=work, args=known)
         self.process.start()
@@ -185,7 +194,7 @@ def test_two_processes_on_one_run(forks, monkeypatch, ends):
     monkeypatch.chdir(forks.folder)
     settings = forks.folder / "runs" / "twice" / "args.yaml"
     began = settings.read_text()
-    for argv in (["--resume", "twice"], [*forks.new, "twice"]):
+    for argv in (["--resume", "twice"], [*forks.new["grpo.py"], "twice"]):
         monkeypatch.setattr(sys, "argv", ["grpo.py", *argv])
         assert "another process is working on this run" in ends(grpo.main)
         assert settings.read_text() == began
