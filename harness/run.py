@@ -307,16 +307,17 @@ def _compare(args, began, now, state):
 
     began, now: environments; state: of the checkpoint, or None.
     """
-    for key, kind in fields_of(type(args)).items() if state else ():
-        value, then = (functools.reduce(dict.get, key.split("."), s) for s in (repeatable(args), state["args"]))
-        if value != then and MAY_CHANGE not in getattr(kind, "__metadata__", ()):
-            refuse(key, value, f"args.yaml was changed: its checkpoints were made with {then!r}; put that back")
-    if state and args.train.max_epochs < (done := state["epoch"]):
-        refuse("train.max_epochs", args.train.max_epochs, f"{done} epochs are done already; take at least {done}")
     files = [file for file, digits in now["files"].items() if digits != began["files"].get(file, digits)]
     for key, path in (("prompts", args.prompts), ("eval.prompts", args.eval.prompts)):
         if key in files:
             refuse(key, path, "has changed since the run began; put it back as it was")
+    settings = repeatable(args)
+    for key, kind in fields_of(type(args)).items() if state else ():
+        value, then = (functools.reduce(dict.get, key.split("."), s) for s in (settings, state["args"]))
+        if value != then and MAY_CHANGE not in getattr(kind, "__metadata__", ()):
+            refuse(key, value, f"args.yaml was changed: its checkpoints were made with {then!r}; put that back")
+    if state and args.train.max_epochs < (done := state["epoch"]):
+        refuse("train.max_epochs", args.train.max_epochs, f"{done} epochs are done already; take at least {done}")
     of_a_start = ("command", "folder", "started", "files")
     changed = [key for key in now if now[key] != began.get(key) and key not in of_a_start]
     lines = [f"{key} is {now[key]}, and was {began.get(key)} when the run began" for key in changed]
