@@ -37,7 +37,7 @@ def start(main):
                 raise
             if isinstance(error, torch.OutOfMemoryError):
                 raise run.error(out_of_memory(error, run.args)) from error
-            if getattr(error, "errno", None) in NO_ROOM:
+            if getattr(error, "errno", None) in NO_ROOM or "serializing: I/O error" in str(error):  # of safetensors
                 raise run.error(f"cannot write in {run.folder}, where older checkpoints are whole: {error}") from error
             if isinstance(error, CannotReplay):
                 refuse("model", run.args.model, error)

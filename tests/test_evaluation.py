@@ -140,7 +140,7 @@ def test_a_failing_reward_ends_the_run_at_once(start, monkeypatch, tmp_path, scr
 def test_evaluation_has_rewards_and_prompts_of_its_own(run, refused, brightness, tmp_path):
     (tmp_path / "other.txt").write_text("an astronaut on a horse\n")  # which the reward of evaluation cannot score
     asked = ["--eval.reward", f"{brightness}=2", "shapes=0.5", "--eval.images-per-prompt", 2]
-    folder = run("--prompts", tmp_path / "other.txt", *asked)
+    folder = run("--prompts", tmp_path / "other.txt", *asked, name="first")
     last = {key: float(value) for key, value in read_csv(folder / "metrics.csv")[-1].items()}
     assert last["eval/total"] == pytest.approx(2 * last[f"eval/{brightness}"] + 0.5 * last["eval/shapes"])
     assert last["eval/jpeg_compressibility"] < 0 > last["train/reward/total"]
