@@ -82,7 +82,7 @@ class Run:
             with atomic_file(self.folder / "args.yaml") as file:  # from now on it is a run to resume
                 file.write(to_yaml(repeatable(args)))
         except OSError as error:
-            refuse("output_dir", args.output_dir, f"cannot write {self.folder}: {error.strerror}")
+            refuse("output_dir", args.output_dir, f"cannot write {error.filename or self.folder}: {error.strerror}")
         return began, notes
 
     def _lock(self):
