@@ -12,23 +12,13 @@ from typing import get_args
 import tyro
 
 import rewards
+from harness import fields
 from harness.console import listened_to
-from harness.fields import (
-    MAY_CHANGE,
-    fields_of,
-    flatten,
-    from_yaml,
-    read_text,
-    refuse,
-    refusing,
-    set_by,
-    to_yaml,
-    validated,
-)
+from harness.fields import MAY_CHANGE, fields_of, flatten, mapping, refuse, refusing, set_by
 
 FROM_A_MODEL = (
     *("dtype", "cpu_threads", "finetune_type", "lora_rank", "lora_alpha", "target_modules", "prompts", "reward"),
-    *("reward_options", "call", "train", "eval", "trainers"),
+    *("reward_options", "call", "train", "eval"),
 )
 """What a model folder, which may be a stranger's, can set: numbers, words and rewards that are built in."""
 
@@ -41,48 +31,34 @@ def parse_args(Args, description, argv=None):
     """
     argv = sys.argv[1:] if argv is None else argv
     given = _files_named(argv)
-    args, said = Args(), []
+    kinds, settings, said = fields_of(Args), flatten(Args()), []
     set_by.clear()
-    known = fields_of(Args)
-    trainers = get_args(known["train.trainer_type"])  # the script's own, then those whose settings it takes
-    config = _read_yaml("config", given.config, trainers, known, said) if given.config else {}
-    model = Path(str(given.model or config.get("model") or args.model))
-    lowest, settings, run = model / "defaults.yaml", {}, None
-    if given.resume:
-        run = find_run(given.resume, given.output_dir or args.output_dir)
-        lowest = run / "args.yaml"
-        settings = _read_yaml("resume", lowest, trainers, known, said)
-        if not settings:
-            refuse("--resume", str(lowest), "is empty; put back what the run wrote there")
-    elif os.path.isfile(lowest):
-        settings = _read_yaml("model", lowest, trainers, known, said)
-        _check_model_settings(settings, lowest)
-    merged = dataclasses.asdict(args)
-    _lay_over(merged, settings, lowest)
-    args = validated(Args, merged)
-    recorded = flatten(args)
-    _lay_over(merged, config, given.config)
-    args = validated(Args, merged)
-    before = flatten(args)
+    config = _read_yaml("config", given.config, kinds, said) if given.config else {}
+    run = find_run(given.resume, given.output_dir or settings["output_dir"]) if given.resume else None
+    defaults = Path(str(given.model or config.get("model") or settings["model"])) / "defaults.yaml"
+    if run:
+        _lay_over(settings, _read_yaml("resume", run / "args.yaml", kinds, said), run / "args.yaml", kinds)
+        recorded = dict(settings)
+    elif os.path.isfile(defaults):
+        _lay_over(settings, _read_yaml("model", defaults, kinds, said), defaults, kinds)
+        _check_model_settings(settings, defaults)
+    _lay_over(settings, config, given.config, kinds)
+    settings["config"] = given.config
     with listened_to():  # --help
-        args = tyro.cli(Args, description=description, args=argv, default=args)
-    args.call = {**before["call"], **args.call}
-    typed = {key: value for key, value in flatten(args).items() if value != before[key] and key != "config"}
-    for key in typed:
-        set_by.pop(key, None)
-    args = validated(Args, dataclasses.asdict(args))
+        default = fields.unflatten(Args, settings)
+        args = flatten(tyro.cli(Args, description=description, args=argv, default=default))
+    _lay_over(settings, {key: value for key, value in args.items() if value != settings[key]}, "you", kinds)
+    args = fields.unflatten(Args, settings)
     if run:
         _check_resumed(args, run, recorded)
         return args, said
-    by_model = sum(path == str(lowest) for path in set_by.values())
-    if by_model:
-        said.append(f"from {os.path.relpath(lowest)}: {by_model} settings; all are in args.yaml")
-    flat = flatten(args)
-    for source, keys in ((given.config, [k for k, path in set_by.items() if path == given.config]), ("you", typed)):
-        if keys:
-            said.append(f"from {source}: {', '.join(f'{key} {flat[key]}' for key in keys)}")
-    named = {name for key in ("reward", "eval.reward") if set_by.get(key) == given.config for name in flat[key]}
-    if given.config and (code := sorted({name.rpartition(":")[0] for name in named} - {""})):
+    if by_model := [*set_by.values()].count(str(defaults)):
+        said.append(f"from {os.path.relpath(defaults)}: {by_model} settings; all are in args.yaml")
+    for source in (given.config, "you"):
+        if by_it := [f"{key} {settings[key]}" for key, by in set_by.items() if by == source]:
+            said.append(f"from {source}: {', '.join(by_it)}")
+    asked = [name for key in ("reward", "eval.reward") if set_by.get(key, "you") != "you" for name in settings[key]]
+    if code := sorted({name.rpartition(":")[0] for name in asked} - {""}):  # a model folder may not name any
         said.append(f"note: {given.config} names rewards of {', '.join(code)}, whose code will run")
     return args, said
 
@@ -92,83 +68,77 @@ def _files_named(argv):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flags in (["--model"], ["--config"], ["--resume"], ["--output-dir", "--output_dir"]):
         parser.add_argument(*flags, nargs="?")  # of one without a value tyro speaks
-    given, _ = parser.parse_known_args(argv)
-    for name in ("config", "resume"):
-        if getattr(given, name) == "":
-            refuse(f"--{name}", "", "names nothing; leave it out, or give it a value")
-    return given
+    return parser.parse_known_args(argv)[0]
 
 
-def _read_yaml(key, path, trainers, known, said):
-    """The settings of a YAML file, with what it says under `trainers` for one of these folded in."""
-    try:
-        settings = from_yaml(read_text(f"--{key}", path)) or {}
-    except ValueError as error:
-        refuse(f"--{key}", str(path), f"not a YAML file: {error}")
-    sections = settings.pop("trainers", None) or {} if isinstance(settings, dict) else None
-    chosen = next((name for name in trainers if name in sections), None) if isinstance(sections, dict) else None
-    own = sections.get(chosen) or {} if isinstance(sections, dict) else None
-    if not isinstance(own, dict):
-        refuse(f"--{key}", str(path), "holds no mapping of keys to values")
-    if chosen != trainers[0] and isinstance(own.get("train"), dict):  # another script's section: what is unknown here
-        dropped = [name for name in own["train"] if f"train.{name}" not in known]
-        own = own | {"train": {name: value for name, value in own["train"].items() if name not in dropped}}
-        said.extend(f"note: {path} sets {name} for {chosen}, which this script does not have" for name in dropped)
+def _read_yaml(key, path, kinds, said):
+    """{dotted key: value} of a YAML file, with what it says under `trainers` for one of the script's over the rest."""
+    trainers = get_args(kinds["train.trainer_type"])  # the script's own, then those whose settings it takes
+    with refusing(f"--{key}", str(path)):
+        settings = fields.read_yaml(f"--{key}", path)
+        if key == "resume" and not settings:
+            raise ValueError("is empty; put back what the run wrote there")
+        sections = {name: _flat(section) for name, section in mapping(settings.pop("trainers", None)).items()}
+        layer = _flat(settings)
+    chosen = next((name for name in trainers if name in sections), None)
+    own = sections.get(chosen, {})
+    if chosen != trainers[0]:  # another script's section
+        unknown = [name for name in own if name not in kinds]
+        said.extend(f"note: {path} sets {name} for {chosen}, which this script does not have" for name in unknown)
+        own = {name: value for name, value in own.items() if name not in unknown}
     if sections and chosen is None:
-        trains = {name: section.get("train") for name, section in sections.items() if isinstance(section, dict)}
-        lost = ", ".join(f"{name}: {' '.join(map(str, t))}" for name, t in trains.items() if isinstance(t, dict))
+        lost = ", ".join(f"{name}: {' '.join(section)}" for name, section in sections.items())
         said.append(
             f"note: {path} has settings of their own for trainers ({lost}), none for {trainers[0]!r}; "
             f"trainer_type: Literal[{trainers[0]!r}, {next(iter(sections))!r}] in the script takes one's"
         )
-    for name in own:
-        both = isinstance(own[name], dict) and isinstance(settings.get(name), dict)
-        settings[name] = {**settings[name], **own[name]} if both else own[name]
-    train = settings.get("train")
-    named = train.pop("trainer_type", trainers[0]) if isinstance(train, dict) else trainers[0]
+    layer |= own
+    named = layer.pop("train.trainer_type", trainers[0])
     if named not in trainers:
-        script = {"grpo": "grpo.py", "grpo-guard": "grpo_guard.py", "nft": "nft.py"}.get(str(named), "another script")
+        script = f"{named}.py".replace("-", "_")
         refuse("train.trainer_type", named, f"{path} is for {script}; this script is the trainer {trainers[0]!r}")
     for name in ("config", "resume"):  # which are known before any file is read
-        if settings.get(name) is not None:
-            refuse(name, settings[name], f"cannot be said in {path}; give --{name} on the command line")
-    return settings
+        if layer.get(name) is not None:
+            refuse(name, layer[name], f"cannot be said in {path}; give --{name} on the command line")
+    return layer
+
+
+def _flat(settings):
+    """{dotted key: value} of the nested settings of a YAML text. Raises ValueError where a section is no mapping."""
+    flat = {}
+    for name, value in mapping(settings).items():
+        if "." in str(name):
+            raise ValueError(f"{name!r}: write a section as a mapping of its own, not with a dot")
+        section = name in ("train", "eval")
+        flat |= {f"{name}.{key}": each for key, each in mapping(value).items()} if section else {str(name): value}
+    return flat
+
+
+def _lay_over(settings, layer, source, kinds):
+    """Put the settings of a layer over those below, in place; `call` is added to, anything else replaced."""
+    set_by.update(dict.fromkeys(layer, str(source)))
+    layer = fields.validated(kinds, layer)
+    settings |= layer | {"call": settings["call"] | layer.get("call", {})}
 
 
 def _check_model_settings(settings, path):
     """Refuse what a model folder may not set, and find its prompt files beside it."""
-    for name in settings:
-        if name not in FROM_A_MODEL:
-            refuse(name, settings[name], f"cannot be set by a model folder ({path}); say it yourself")
-    evaluation = settings.get("eval") if isinstance(settings.get("eval"), dict) else {}
-    asked = [section.get("reward") for section in (settings, evaluation)]
-    asked = {name: weight for named in asked if isinstance(named, dict) for name, weight in named.items()}
-    with refusing("reward", f"{asked} (from {path})"):
-        rewards.check_untrusted(asked, settings.get("reward_options"))
-    for section in (settings, evaluation):
-        if section.get("prompts"):
-            section["prompts"] = os.path.relpath(path.parent / str(section["prompts"]))
-
-
-def _lay_over(below, settings, path, prefix=""):
-    """Put the nested settings of a file over others, in place; `call` is added to, anything else replaced."""
-    for name, value in settings.items():
-        section = isinstance(value, dict) and isinstance(below.get(name), dict)
-        if section and name in ("train", "eval"):
-            _lay_over(below[name], value, path, f"{name}.")
-        else:
-            set_by[f"{prefix}{name}"] = str(path)
-            below[name] = {**below[name], **value} if section and name == "call" else value
-            if value is None and name in ("call", "reward", "reward_options"):
-                below[name] = {}
+    for key in set_by:
+        if key.partition(".")[0] not in FROM_A_MODEL:
+            refuse(key, settings[key], f"cannot be set by a model folder ({path}); say it yourself")
+    asked = settings["reward"] | settings["eval.reward"]
+    with refusing("reward", asked):
+        rewards.check_untrusted(asked, settings["reward_options"])
+    for key in ("prompts", "eval.prompts"):
+        if settings[key]:
+            settings[key] = os.path.relpath(path.parent / settings[key])
 
 
 def find_run(name, output_dir):
     """The folder of a run, given itself or its name in output_dir."""
     for folder in (Path(name), Path(output_dir) / name):
-        with refusing("resume", name):  # a name with a NUL in it
-            if os.path.isfile(folder / "args.yaml"):
-                return folder
+        if os.path.isfile(folder / "args.yaml"):  # no error, whatever the name
+            return folder
     refuse("resume", name, f"there is no run: neither {name} nor {Path(output_dir) / name} has an args.yaml")
 
 
@@ -176,11 +146,10 @@ def began_with(run):
     """The environment that a run began in, from its folder."""
     path = run / "environment.yaml"
     with refusing("--resume", str(path)):
-        began = from_yaml(read_text("--resume", path))
-    mapping = isinstance(began, dict) and isinstance(began.get("files"), dict)
-    known = {**began, **began["files"]} if mapping else {}
-    if not {"prompts", "eval.prompts", "script", "started"} <= known.keys() or not isinstance(known.get("folder"), str):
-        refuse("--resume", str(path), "does not say what the run began with; put back what the run wrote there")
+        began = fields.read_yaml("--resume", path)
+        known = began | mapping(began.get("files"))
+        if missing := {"folder", "started", "prompts", "eval.prompts", "script"} - known.keys():
+            raise ValueError(f"does not say {min(missing)!r} of the run's beginning; put back what the run wrote there")
     return began
 
 
@@ -194,7 +163,7 @@ def _check_resumed(args, run, recorded):
     if args.run_name not in (None, run.name):
         refuse("run_name", args.run_name, f"--resume continues {run} under its own name; leave it out")
     args.model, args.prompts, args.eval.prompts = (recorded[key] for key in ("model", "prompts", "eval.prompts"))
-    began = began_with(run)["folder"]
+    began = str(began_with(run)["folder"])
     if began != os.getcwd() and os.path.isdir(began):  # from there a user named reward files
         run = Path(os.path.abspath(run))
         os.chdir(began)
@@ -212,4 +181,4 @@ def repeatable(args):
     settings["prompts"], settings["eval"]["prompts"] = absolute(args.prompts), absolute(args.eval.prompts)
     if Path(args.model).is_dir():  # or else a hub id
         settings["model"] = absolute(args.model)
-    return from_yaml(to_yaml(settings))
+    return fields.from_yaml(fields.to_yaml(settings))

@@ -6,61 +6,67 @@ them. `refuse` ends a script with one line that names the key, the value and wha
 
 import dataclasses
 import difflib
-import functools
 import json
+import operator
 import os
 import re
+import reprlib
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn, Union
 
 import tyro
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from torch.utils._pytree import tree_leaves
 
 MAY_CHANGE = "may change on --resume"
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
-Resolution = Union[int, tuple[int, int]]
+FINITE = ConfigDict(allow_inf_nan=False, coerce_numbers_to_str=True)
+Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=1, le=10_000)]
+Resolution = Union[Count, tuple[Count, Count]]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
-set_by = {}  # {dotted key: the file that set it}, so that a refusal can name it
+set_by = {}  # {dotted key: the file that set it, or "you"}, so that a refusal can name it
 
 
 def refuse(key, value, remedy) -> NoReturn:
     """End the program with one readable message and exit status 2."""
     if int(os.environ.get("LOCAL_RANK", 0)):
         time.sleep(10)  # the first process of this machine says the same, and torchrun ends this one then
-    file = f" (from {set_by[key]})" if key in set_by else ""
-    print(f"error: {key} = {value!r}{file}: {remedy}", file=sys.stderr)
+    source = set_by.get(key, "you")
+    print(f"error: {key} = {value!r}{'' if source == 'you' else f' (from {source})'}: {remedy}", file=sys.stderr)
     raise SystemExit(2)
 
 
 @contextmanager
-def refusing(key, value):
-    """Within it a ValueError refuses the value of a key."""
+def refusing(key, value, *errors):
+    """Within it a ValueError, or one of these errors, refuses the value of a key."""
     try:
         yield
-    except ValueError as error:
-        refuse(key, value, error)
+    except (ValueError, *errors) as error:
+        refuse(key, value, " ".join(str(error).split()))
 
 
 def read_text(key, path):
     """What is in a UTF-8 file, without the mark that some editors begin it with."""
-    try:
+    with refusing(key, str(path), OSError):
         if Path(path).exists() and not Path(path).is_file():
-            refuse(key, str(path), "is a folder; name a file in it" if Path(path).is_dir() else "is no file")
+            raise ValueError("is a folder or a device; name a file")
         return Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        refuse(key, str(path), error.strerror.lower())
-    except ValueError as error:
-        refuse(key, str(path), f"not a UTF-8 text file: {error}")
+
+
+def read_yaml(key, path):
+    """The mapping in a YAML file."""
+    with refusing(key, str(path)):
+        return mapping(from_yaml(read_text(key, path)))
 
 
 for kind in (yaml.SafeLoader, yaml.SafeDumper):  # 1e-4 is a number in YAML 1.2, and a string in 1.1, which PyYAML reads
@@ -69,20 +75,12 @@ for kind in (yaml.SafeLoader, yaml.SafeDumper):  # 1e-4 is a number in YAML 1.2,
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without what can mislead: a key given twice, and aliases, by which a few lines can stand for billions."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(None, None, f"found an alias, *{event.anchor}; write the value out")
-        return super().compose_node(parent, index)
+    """YAML without a key that is given twice, which would mislead."""
 
     def construct_mapping(self, node, deep=False):
-        seen = set()
-        for name, _ in node.value:
-            if str(name.value) in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{name.value!r} is given twice", node.start_mark)
-            seen.add(str(name.value))
+        names = [str(name.value) for name, _ in node.value]
+        if twice := [*(Counter(names) - Counter({*names}))]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -92,46 +90,40 @@ def to_yaml(settings):
 
 
 def from_yaml(text):
-    """What a YAML text says. Raises ValueError where it is none."""
+    """What a YAML text says. Raises ValueError where it is none, or has aliases, of which a few can mean billions."""
     try:
+        if alias := next((event for event in yaml.parse(text) if isinstance(event, yaml.AliasEvent)), None):
+            raise ValueError(f"found an alias, *{alias.anchor}; write the value out")
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError, UnicodeError, LookupError, AttributeError) as error:  # as of !!bool x
-        raise ValueError(str(error).replace(' in "<unicode string>",', " at")) from error
+        raise ValueError(f"not YAML: {error}".replace(' in "<unicode string>",', " at")) from error
 
 
-BOUNDS = {"ge": "must be at least {}", "gt": "must be above {}", "le": "must be at most {}", "lt": "must be below {}"}
+def mapping(value):
+    """What should be a mapping in a YAML text, {} where there is nothing; a ValueError for anything else."""
+    if not isinstance(value or {}, dict):
+        raise ValueError(f"{reprlib.repr(value)} should be a mapping of keys to values")
+    return value or {}
 
 
-def validated(cls, settings):
-    """An instance of a dataclass from nested settings; refuses the first that is unknown, of a wrong type or size."""
-    try:
-        args = TypeAdapter(cls).validate_python(settings)
-        for key, value in flatten(args).items():
-            given = functools.reduce(dict.get, key.split("."), settings)
-            given_switches, switches = ([type(leaf) is bool for leaf in tree_leaves(v)] for v in (given, value))
-            if given_switches != switches:
-                refuse(key, given, "true and false are for on-off settings, which take nothing else")
-        return args
-    except ValidationError as error:
-        found = error.errors()[0]
-    path, kinds = [], fields_of(cls)
-    for name in found["loc"]:  # what follows a field's name is the part of its type that did not fit
-        if ".".join(path) not in kinds:
-            path.append(str(name))
-    key = ".".join(path)
-    value = functools.reduce(dict.get, path, settings) if key in kinds else found["input"]
-    if "unexpected" in found["type"]:
-        *section, name = path
-        here = [f for f in kinds if f.split(".")[:-1] == section]
-        near = [f for f in kinds if f.endswith(f".{name}")] or difflib.get_close_matches(key, kinds, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(here)}"
-        hint = "write a section as a mapping of its own, not with a dot" if "." in name else hint
-        refuse(key, value, f"unknown key; {hint}")
-    bounds = [words.format(found["ctx"][name]) for name, words in BOUNDS.items() if name in found.get("ctx", ())]
-    if found["input"] is None:
-        bounds = ["cannot be null; leave it out, or give it a value"]
-    words = found["msg"].replace("Input should", "should").replace("a dictionary or an instance of", "a mapping, as of")
-    refuse(key, value, (*bounds, words)[0])
+def validated(kinds, settings):
+    """Settings {dotted key: value} in the types of their fields; refuses what is unknown, of a wrong type or size."""
+    right = {}
+    for key, value in settings.items():
+        if key not in kinds:
+            near = [known for known in kinds if known.endswith(f".{key.rpartition('.')[2]}")]
+            near += difflib.get_close_matches(key, kinds, n=1, cutoff=0)
+            refuse(key, value, f"unknown key; did you mean {near[0]}?")
+        try:
+            right[key] = TypeAdapter(kinds[key], config=FINITE).validate_python(value)
+        except ValidationError as error:
+            found = max(error.errors(), key=lambda found: len(found["loc"]))  # of a union's, what came nearest
+            where = f"{found['loc'][0]} " if found["loc"] and isinstance(value, dict) else ""
+            refuse(key, value, found["msg"].replace("Input ", where))
+        switches, given = ([leaf for leaf in tree_leaves(v) if type(leaf) is bool] for v in (right[key], value))
+        if switches != given:
+            refuse(key, value, "true and false are for on-off settings, which take nothing else")
+    return right
 
 
 def fields_of(cls, prefix=""):
@@ -143,31 +135,33 @@ def fields_of(cls, prefix=""):
     return kinds
 
 
-def flatten(args, prefix=""):
+def flatten(args):
     """{dotted key: value} of a dataclass and of the dataclasses in it."""
-    flat = {}
-    for f in dataclasses.fields(args):
-        value = getattr(args, f.name)
-        flat |= flatten(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
-    return flat
+    return {key: operator.attrgetter(key)(args) for key in fields_of(type(args))}
+
+
+def unflatten(cls, flat):
+    """The instance of a dataclass of which `flatten` makes {dotted key: value}."""
+    args = cls()
+    for key, value in flat.items():
+        section, _, name = key.rpartition(".")
+        setattr(getattr(args, section) if section else args, name, value)
+    return args
 
 
 def pairs(value_type):
     """The type of `--flag name=value name=value`: a dict whose values are numbers (float) or any YAML (object)."""
-    read, kind = (float, "a number") if value_type is float else (from_yaml, "YAML")
+    split = str.rpartition if value_type is float else str.partition  # the path of a reward may have a =
 
     def parse(tokens):
         found = {}
         for token in tokens:
-            name, equals, value = token.rpartition("=") if value_type is float else token.partition("=")
+            name, equals, value = split(token, "=")
             if not equals:
                 raise ValueError(f"{token!r} is not of the form NAME=VALUE")
             if name in found:
                 raise ValueError(f"{name!r} is given twice")
-            try:
-                found[name] = read(value)
-            except ValueError as error:
-                raise ValueError(f"the value of {token!r} is not {kind}: {error}") from error
+            found[name] = from_yaml(value)
         return found
 
     primitive = tyro.constructors.PrimitiveConstructorSpec(
@@ -177,4 +171,4 @@ def pairs(value_type):
         is_instance=lambda value: isinstance(value, dict),
         str_from_instance=lambda values: [f"{name}={json.dumps(value)}" for name, value in values.items()],
     )
-    return Annotated[dict[str, value_type], primitive]
+    return Annotated[dict[str, value_type], BeforeValidator(lambda value: {} if value is None else value), primitive]

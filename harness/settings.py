@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Optional
 from pydantic import Field
 
 from dynamics import SOLVERS
-from harness.fields import MAY_CHANGE, STRICT, Count, Decay, NotNegative, Positive, Resolution, Seed, pairs
+from harness.fields import MAY_CHANGE, Count, Decay, Name, NotNegative, Positive, Resolution, Seed, Size, pairs
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -16,32 +16,24 @@ HERE = Path(__file__).resolve().parent.parent
 class TrainArgs:
     """What every algorithm takes under `train`; a script adds its own."""
 
-    __pydantic_config__ = STRICT
-
-    # What is sampled in an epoch
-
-    unique_sample_num_per_epoch: Count = 48
+    unique_sample_num_per_epoch: Annotated[int, Field(ge=1, le=100_000)] = 48
     """Prompts in an epoch; a shorter file is gone through again."""
-    group_size: Annotated[int, Field(ge=2)] = 24
+    group_size: Annotated[int, Field(ge=2, le=1000)] = 24
     """Images of each prompt; their rewards are compared with one another, so that one alone would have advantage 0."""
     per_device_batch_size: Count = 12
-    """Images in one call of the pipeline, in sampling and in training alike. Where it divides group_size, a call has
-    one prompt: groups of equal rewards cost no training (without a KL), and same_init_noise shares the steps before the
-    noise."""
+    """Images in one call of the pipeline, in sampling and training alike. Where it divides group_size, groups of equal
+    rewards cost no training (without a KL), and same_init_noise shares the steps before the noise."""
     resolution: Resolution = 512
     """Pixels in training: one side of a square, or height and width."""
-    num_inference_steps: Annotated[int, Field(ge=1, le=10_000)] = 10
+    num_inference_steps: Size = 10
     """Sampling steps T in training; far fewer than for evaluation will do (Flow-GRPO)."""
     guidance_scale: NotNegative = 4.5
     """Classifier-free guidance in sampling and in training alike; 1 is none."""
-
-    # The optimizer
-
     max_epochs: Annotated[int, Field(ge=0), MAY_CHANGE] = 1000
     """Epochs of the run."""
     gradient_step_per_epoch: int = 2
     """Optimizer steps in one pass over an epoch's images; after the first the policy is no longer that of sampling."""
-    num_inner_epochs: Annotated[int, Field(ge=1, le=10_000)] = 1
+    num_inner_epochs: Size = 1
     """Passes over an epoch's images."""
     learning_rate: NotNegative = 3e-4
     """Of AdamW, constant."""
@@ -71,18 +63,15 @@ class TrainArgs:
 class EvalArgs:
     """Evaluation is the plain pipeline under its own ODE, on fixed prompts and fixed noise."""
 
-    __pydantic_config__ = STRICT
-
     prompts: Optional[str] = None
     """Text file of held-out prompts, one a line. None evaluates on the training prompts."""
-    images_per_prompt: Count = 1
+    images_per_prompt: Size = 1
     """Images made of each evaluation prompt. From 2 on the spread within these groups is logged."""
     reward: pairs(float) = field(default_factory=dict)
-    """Weighted rewards whose sum is eval/total, e.g. one that is held out of training, which shows hacking. Those of
-    training are logged beside them. None given: the rewards of training."""
+    """Weighted rewards whose sum is eval/total, e.g. one held out of training, to show hacking; by default training's."""
     resolution: Resolution = 512
     """Pixels: one side of a square, or height and width. Independent of train.resolution (PaCo-RL)."""
-    num_inference_steps: Annotated[int, Field(ge=1, le=10_000)] = 40
+    num_inference_steps: Size = 40
     """ODE steps of an evaluation image."""
     solver: Literal[SOLVERS] = "Euler"
     """Of the evaluation's ODE: Euler is the plain pipeline; DPM-Solver++ is of second order at the same cost."""
@@ -100,23 +89,19 @@ class EvalArgs:
 class RunArgs:
     """What every script takes at the top."""
 
-    __pydantic_config__ = STRICT
-
     model: str = str(HERE / "shapes" / "model")
     """A diffusers folder or hub id. Its folder may bring a defaults.yaml, which the embedded model does."""
-    config: Annotated[Optional[str], MAY_CHANGE] = None
+    config: Annotated[Optional[Name], MAY_CHANGE] = None
     """A YAML file with these same keys; the command line wins over it."""
     call: pairs(object) = field(default_factory=dict)
-    """Extra keyword arguments of the pipeline call, read as YAML and added to the model's own, e.g.
-    max_sequence_length=256 negative_prompt=blurry."""
+    """More arguments of the pipeline's call, read as YAML: max_sequence_length=256 negative_prompt=blurry."""
     pipeline: Optional[str] = None
     """Another pipeline class of diffusers over the same weights, e.g. StableDiffusion3Img2ImgPipeline."""
     finetune_type: Literal["lora", "full"] = "lora"
     """Train low-rank adapters or the whole denoiser."""
     lora: Optional[str] = None
-    """Begin with these adapters, saved by diffusers or peft: a .safetensors file or its folder. Their rank, alpha and
-    targets take the place of those below."""
-    lora_rank: Annotated[int, Field(ge=1, le=10_000)] = 32
+    """Begin with these adapters, and their rank, alpha, targets: a .safetensors file of diffusers or peft, or its folder."""
+    lora_rank: Size = 32
     """Rank of the adapters."""
     lora_alpha: Positive = 64.0
     """Scale of the adapters: they add alpha / rank times their product."""
@@ -132,13 +117,11 @@ class RunArgs:
     device: Annotated[str, MAY_CHANGE] = "auto"
     """A torch device; auto takes the GPU if there is one."""
     compile: bool = False
-    """Compile the denoiser's repeated blocks and the VAE's decoder, and sample by CUDA graphs (but not with
-    train.enable_gradient_checkpointing): a minute at the start, then 1.4 to 2 times as fast on a GPU; slower on a
-    CPU."""
+    """Compile the denoiser's blocks and the VAE's decoder, and sample by CUDA graphs (not with gradient checkpointing):
+    a minute at the start, then 1.4 to 2 times as fast on a GPU; slower on a CPU."""
     cudnn_attention: bool = False
-    """Let torch choose cuDNN's attention, the fastest on Hopper GPUs, for models like SD3.5. On FLUX its backward pass
-    ends in an illegal memory access (torch 2.11, H200), and under some masks it gives NaN
-    (github.com/pytorch/pytorch/issues/196678)."""
+    """Let torch choose cuDNN's attention, the fastest on Hopper GPUs, for models like SD3.5. With FLUX it crashes
+    (torch 2.11, H200), and under some masks it gives NaN (github.com/pytorch/pytorch/issues/196678)."""
     offload: Annotated[bool, MAY_CHANGE] = False
     """Keep text encoders and VAE on the CPU, each on the device only while it works."""
     vae_tiling: bool = False
@@ -157,14 +140,12 @@ class RunArgs:
     """Where the run folder is made."""
     run_name: Annotated[Optional[str], MAY_CHANGE] = None
     """Name of the run folder; the script's name and the time by default."""
-    resume: Annotated[Optional[str], MAY_CHANGE] = None
-    """Continue a run exactly: its folder, or its name in output_dir. Its arguments are taken from there, and others are
-    refused, but for these, which do not change what it computes: train.max_epochs (a later end; the old one stays
-    evaluated), train.enable_gradient_checkpointing, train.ref_param_device, device, offload, checkpoint_freq,
-    keep_checkpoints, track and tensorboard."""
-    checkpoint_freq: Annotated[int, Field(ge=1), MAY_CHANGE] = 1
+    resume: Annotated[Optional[Name], MAY_CHANGE] = None
+    """Continue a run exactly: its folder, or its name in output_dir. Its arguments are taken from there; others are
+    refused, but for those that do not change what it computes (docs/runs.md), such as train.max_epochs."""
+    checkpoint_freq: Annotated[Count, MAY_CHANGE] = 1
     """Epochs between checkpoints, which are what a run can be resumed from; the last epoch always leaves one."""
-    keep_checkpoints: Annotated[int, Field(ge=1), MAY_CHANGE] = 2
+    keep_checkpoints: Annotated[Count, MAY_CHANGE] = 2
     """How many of the newest checkpoints are kept."""
     track: Annotated[bool, MAY_CHANGE] = False
     """Log to Weights & Biases."""

@@ -55,7 +55,7 @@ def test_precedence(tmp_path, config):
         f"from {os.path.relpath(tmp_path / 'defaults.yaml')}: 3 settings; all are in args.yaml",
         f"from {tmp_path}/c.yaml: train.group_size 6, train.train_steps None, train.global_std True, "
         "train.resolution (32, 48), reward {'mine.py:f': 1.0}",
-        f"from you: model {tmp_path}, call {{'a': 1, 'b': 'two words'}}, train.kl_beta 0.0",
+        f"from you: call {{'a': 1, 'b': 'two words'}}, model {tmp_path}, train.kl_beta 0.0",
         f"note: {tmp_path}/c.yaml names rewards of mine.py, whose code will run",
     ]
     assert not any("note" in line for line in parse("--reward", "mine.py:f=1")[1])  # one's own words are no news
@@ -98,28 +98,28 @@ FLOATS = " ".join(key for key, value in FIELDS.items() if type(value) is float)
 SWITCHES = " ".join(key for key, value in FIELDS.items() if type(value) is bool)
 OTHERS = " ".join(FIELDS.keys() - {*SWITCHES.split(), "train.trainer_type", "config", "resume"})
 NOT_TAKEN = [
-    ("0", "must be at least 1", "cpu_threads lora_rank checkpoint_freq keep_checkpoints train.num_inference_steps "
+    ("0", "should be greater than or equal to 1", "cpu_threads lora_rank checkpoint_freq keep_checkpoints train.num_inference_steps "
     "train.per_device_batch_size train.unique_sample_num_per_epoch train.num_inner_epochs train.ema_update_interval "
     "eval.num_inference_steps eval.per_device_batch_size eval.images_per_prompt eval.eval_freq"),
-    ("1", "must be at least 2", "train.group_size"),
-    ("-1", "must be at least 0", "train.max_epochs train.learning_rate train.kl_beta train.ema_decay eval.seed "
+    ("1", "should be greater than or equal to 2", "train.group_size"),
+    ("-1", "should be greater than or equal to 0", "train.max_epochs train.learning_rate train.kl_beta train.ema_decay eval.seed "
     "train.guidance_scale train.adam_epsilon train.adam_weight_decay train.seed train.old_decay_start "
     "train.old_decay_slope train.old_decay_max train.shift_interval eval.guidance_scale"),
-    ("0", "must be above 0", "lora_alpha train.clip_range train.adv_clip_range train.max_grad_norm train.noise_level "
+    ("0", "should be greater than 0", "lora_alpha train.clip_range train.adv_clip_range train.max_grad_norm train.noise_level "
     "train.nft_beta"),
-    ("1", "must be below 1", "train.ema_decay train.old_decay_max"),
-    ("[0.9, 1]", "must be below 1", "train.adam_betas"),
-    ("[-0.1, 0.9]", "must be at least 0", "train.adam_betas"),
-    ("4294967296", "must be at most 4294967295", "train.seed eval.seed"),
-    ("4097", "must be at most 4096", "cpu_threads"),
-    ("10001", "must be at most 10000", "lora_rank train.num_inference_steps train.num_inner_epochs "
+    ("1", "should be less than 1", "train.ema_decay train.old_decay_max"),
+    ("[0.9, 1]", "should be less than 1", "train.adam_betas"),
+    ("[-0.1, 0.9]", "should be greater than or equal to 0", "train.adam_betas"),
+    ("4294967296", "should be less than or equal to 4294967295", "train.seed eval.seed"),
+    ("4097", "should be less than or equal to 4096", "cpu_threads"),
+    ("10001", "should be less than or equal to 10000", "lora_rank train.num_inference_steps train.num_inner_epochs "
     "eval.num_inference_steps"),
     (".nan", "should be a finite number", FLOATS),
     (".inf", "should be a finite number", FLOATS),
     ("1", "true and false are for on-off", SWITCHES),
     ("true", "", OTHERS),
     ("{shapes: true}", "true and false are for on-off", "reward eval.reward"),
-    ("[0, true]", "true and false are for on-off", "train.train_steps train.resolution"),
+    ("[1, true]", "true and false are for on-off", "train.train_steps train.resolution"),
 ]  # fmt: skip
 
 
