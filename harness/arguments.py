@@ -30,7 +30,10 @@ def parse_args(Args, description, argv=None):
     that would change a resumed run.
     """
     argv = sys.argv[1:] if argv is None else argv
-    given = _files_named(argv)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of what decides what else is read
+    for flags in (["--model"], ["--config"], ["--resume"], ["--output-dir", "--output_dir"]):
+        parser.add_argument(*flags, nargs="?")  # of one without a value tyro speaks
+    given, _ = parser.parse_known_args(argv)
     kinds, settings, said = fields_of(Args), flatten(Args()), []
     set_by.clear()
     config = _read_yaml("config", given.config, kinds, said) if given.config else {}
@@ -38,10 +41,10 @@ def parse_args(Args, description, argv=None):
     defaults = Path(str(given.model or config.get("model") or settings["model"])) / "defaults.yaml"
     if run:
         _lay_over(settings, _read_yaml("resume", run / "args.yaml", kinds, said), run / "args.yaml", kinds)
-        recorded = dict(settings)
     elif os.path.isfile(defaults):
         _lay_over(settings, _read_yaml("model", defaults, kinds, said), defaults, kinds)
         _check_model_settings(settings, defaults)
+    recorded = dict(settings)
     _lay_over(settings, config, given.config, kinds)
     settings["config"] = given.config
     with listened_to():  # --help
@@ -61,14 +64,6 @@ def parse_args(Args, description, argv=None):
     if code := sorted({name.rpartition(":")[0] for name in asked} - {""}):  # a model folder may not name any
         said.append(f"note: {given.config} names rewards of {', '.join(code)}, whose code will run")
     return args, said
-
-
-def _files_named(argv):
-    """--model, --config, --resume and --output-dir as typed, which decide what else is read."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flags in (["--model"], ["--config"], ["--resume"], ["--output-dir", "--output_dir"]):
-        parser.add_argument(*flags, nargs="?")  # of one without a value tyro speaks
-    return parser.parse_known_args(argv)[0]
 
 
 def _read_yaml(key, path, kinds, said):

@@ -107,8 +107,7 @@ def check_run_folder(args):
     is_name = name is None or name not in ("", "..") and Path(name).name == name and name.isprintable()
     require(is_name, args, "run_name", "must be the printable name of a folder, without a path")
     free = not os.path.exists(folder) or folder.is_dir() and not any(folder.iterdir()) or is_unused(folder)
-    remedy = f"{folder} already holds a run; choose another name or remove it"
-    require(free or not name or args.resume, args, "run_name", remedy)
+    require(free or not name or args.resume, args, "run_name", f"{folder} already holds a run; choose another name")
 
 
 def check_prompts_and_rewards(args, takes):
@@ -145,7 +144,7 @@ def check_model(args):
         vae, denoiser = (config_of(subfolder=name) if name in index else {} for name in ("vae", "transformer"))
         wrong = no_rectified_flow(scheduler, flow)
     except Exception as error:  # the hub client raises many kinds, and files that are not diffusers' others
-        wrong = f"no diffusers folder or hub id that can be read ({type(error).__name__}: {error})".partition("\n")[0]
+        wrong = f"no diffusers folder or hub id, or not readable ({type(error).__name__}: {error})".partition("\n")[0]
         if os.path.exists(f"{args.model}/args.yaml"):  # no error, however long the name
             wrong = "a run's folder; docs/runs.md says how its weights are used"
     require(not wrong, args, "model", wrong)
@@ -153,8 +152,8 @@ def check_model(args):
     with quiet():
         pipeline = getattr(diffusers, named, None)
     known = inspect.isclass(pipeline) and issubclass(pipeline, DiffusionPipeline)
-    remedy = f"the class {named!r} is no pipeline of diffusers {diffusers.__version__}"
-    require(known, args, "pipeline" if args.pipeline else "model", remedy)
+    key = "pipeline" if args.pipeline else "model"
+    require(known, args, key, f"its class {named!r} is no pipeline of diffusers {diffusers.__version__}")
     _, *takes = inspect.signature(pipeline.__call__).parameters.values()  # after self
     takes = {parameter.name: inspect.formatannotation(parameter.annotation) for parameter in takes}
     check_call(args, named, takes)
@@ -170,9 +169,7 @@ def check_call(args, pipeline, takes):
         if key in SET_BY_THE_SCRIPT:
             remedy = "is set by the script; see --train and --eval for what can be changed"
         elif full and not _falls(value, full, {args.train.num_inference_steps, args.eval.num_inference_steps}):
-            remedy = (
-                f"must be as many numbers as training and evaluation have steps, from near {full}, falling, above 0"
-            )
+            remedy = f"must be numbers, as many as training and evaluation have steps, falling from near {full} to > 0"
         elif key not in takes:
             near = difflib.get_close_matches(key, takes, n=1, cutoff=0)
             remedy = f"{pipeline} takes no such argument; did you mean {near[0]}?"

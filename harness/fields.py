@@ -92,11 +92,13 @@ def to_yaml(settings):
 def from_yaml(text):
     """What a YAML text says. Raises ValueError where it is none, or has aliases, of which a few can mean billions."""
     try:
-        if alias := next((event for event in yaml.parse(text) if isinstance(event, yaml.AliasEvent)), None):
-            raise ValueError(f"found an alias, *{alias.anchor}; write the value out")
+        for event in yaml.parse(text):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"found an alias, *{event.anchor}; write the value out")
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError, UnicodeError, LookupError, AttributeError) as error:  # as of !!bool x
-        raise ValueError(f"not YAML: {error}".replace(' in "<unicode string>",', " at")) from error
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError) as error:  # as of !!bool x
+        where = str(error).replace(' in "<unicode string>",', " at")
+        raise ValueError(f"{reprlib.repr(text)} is not YAML: {where}") from error
 
 
 def mapping(value):

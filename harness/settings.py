@@ -68,7 +68,7 @@ class EvalArgs:
     images_per_prompt: Size = 1
     """Images made of each evaluation prompt. From 2 on the spread within these groups is logged."""
     reward: pairs(float) = field(default_factory=dict)
-    """Weighted rewards whose sum is eval/total, e.g. one held out of training, to show hacking; by default training's."""
+    """Weighted rewards whose sum is eval/total, such as one held out of training, to show hacking; else training's."""
     resolution: Resolution = 512
     """Pixels: one side of a square, or height and width. Independent of train.resolution (PaCo-RL)."""
     num_inference_steps: Size = 40
@@ -100,7 +100,7 @@ class RunArgs:
     finetune_type: Literal["lora", "full"] = "lora"
     """Train low-rank adapters or the whole denoiser."""
     lora: Optional[str] = None
-    """Begin with these adapters, and their rank, alpha, targets: a .safetensors file of diffusers or peft, or its folder."""
+    """Begin with these adapters, of their own rank, alpha and targets: a .safetensors file, or its folder."""
     lora_rank: Size = 32
     """Rank of the adapters."""
     lora_alpha: Positive = 64.0

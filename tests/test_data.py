@@ -111,10 +111,6 @@ def test_rows_are_drawn_by_their_weights():
     assert {row["prompt"] for row in common.epoch_rows(rows, 2, 0, 7)} == {"1", "2"}  # each once, if there are enough
 
 
-def test_another_pipeline_must_be_one(refused):
-    assert "pipeline = 'AutoencoderKL': is no pipeline of diffusers" in refused("--pipeline", "AutoencoderKL")
-
-
 def test_negative_prompts_of_rows_reach_the_pipeline(make_pipe):
     pipe, _ = make_pipe()
     rows = [{"prompt": "a red circle", "negative_prompt": text, "weight": 2} for text in ("blue", "green")]

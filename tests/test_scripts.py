@@ -53,7 +53,7 @@ def test_a_run_from_the_shell(tmp_path, prompt_files):
 def test_refusal_from_the_shell(tmp_path):
     command = [sys.executable, HERE / "grpo.py", "--train.group-size", "1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr == "error: train.group_size = 1: must be at least 2\n"
+    assert done.returncode == 2 and done.stderr == "error: train.group_size = 1: should be greater than or equal to 2\n"
     assert not list(tmp_path.iterdir())
 
 
