@@ -24,11 +24,7 @@ FROM_A_MODEL = (
 
 
 def parse_args(Args, description, argv=None):
-    """Read an instance of the dataclass Args. Returns (args, lines that say which settings are not the script's own).
-
-    Ends with exit status 2 and a message at an unknown key, a value of a wrong type, a missing file, or an argument
-    that would change a resumed run.
-    """
+    """An instance of the dataclass Args, and lines that say which settings are not the script's own."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of what decides what else is read
     for flags in (["--model"], ["--config"], ["--resume"], ["--output-dir", "--output_dir"]):
@@ -48,9 +44,8 @@ def parse_args(Args, description, argv=None):
     _lay_over(settings, config, given.config, kinds)
     settings["config"] = given.config
     with listened_to():  # --help
-        default = fields.unflatten(Args, settings)
-        args = flatten(tyro.cli(Args, description=description, args=argv, default=default))
-    _lay_over(settings, {key: value for key, value in args.items() if value != settings[key]}, "you", kinds)
+        args = tyro.cli(Args, description=description, args=argv, default=fields.unflatten(Args, settings))
+    _lay_over(settings, {key: value for key, value in flatten(args).items() if value != settings[key]}, "you", kinds)
     args = fields.unflatten(Args, settings)
     if run:
         _check_resumed(args, run, recorded)
@@ -76,18 +71,17 @@ def _read_yaml(key, path, kinds, said):
         sections = {name: _flat(section) for name, section in mapping(settings.pop("trainers", None)).items()}
         layer = _flat(settings)
     chosen = next((name for name in trainers if name in sections), None)
-    own = sections.get(chosen, {})
-    if chosen != trainers[0]:  # another script's section
-        unknown = [name for name in own if name not in kinds]
-        said.extend(f"note: {path} sets {name} for {chosen}, which this script does not have" for name in unknown)
-        own = {name: value for name, value in own.items() if name not in unknown}
+    for name, value in sections.get(chosen, {}).items():
+        if name in kinds or chosen == trainers[0]:
+            layer[name] = value
+        else:
+            said.append(f"note: {path} sets {name} for {chosen}, which this script does not have")
     if sections and chosen is None:
         lost = ", ".join(f"{name}: {' '.join(section)}" for name, section in sections.items())
         said.append(
             f"note: {path} has settings of their own for trainers ({lost}), none for {trainers[0]!r}; "
             f"trainer_type: Literal[{trainers[0]!r}, {next(iter(sections))!r}] in the script takes one's"
         )
-    layer |= own
     named = layer.pop("train.trainer_type", trainers[0])
     if named not in trainers:
         script = f"{named}.py".replace("-", "_")

@@ -111,10 +111,7 @@ def check_run_folder(args):
 
 
 def check_prompts_and_rewards(args, takes):
-    """Refuse data that is not there or not used, rewards that are none, and prompts that a reward cannot score.
-
-    takes: names of the pipeline's arguments.
-    """
+    """Refuse data that is not there or not used, rewards that are none, and prompts that a reward cannot score."""
     require(args.prompts, args, "prompts", "name a text file of training prompts, one a line")
     asked = {**args.reward, **args.eval.reward}
     with refusing("reward", args.reward):
@@ -165,7 +162,7 @@ def check_call(args, pipeline, takes):
     """Refuse arguments that the script sets, or that a pipeline, which takes {name: annotation}, does not take so."""
     for key, value in args.call.items():
         kind = takes.get(key, "")
-        full = {"sigmas": 1, "timesteps": 1000}.get(key)
+        full = None if value is None else {"sigmas": 1, "timesteps": 1000}.get(key)
         if key in SET_BY_THE_SCRIPT:
             remedy = "is set by the script; see --train and --eval for what can be changed"
         elif full and not _falls(value, full, {args.train.num_inference_steps, args.eval.num_inference_steps}):
@@ -189,13 +186,10 @@ def _falls(levels, full, counts):
 
 
 def check_resolutions(args, vae, denoiser):
-    """Refuse sides that are no multiple of a latent patch, or too long for the position embedding.
-
-    vae, denoiser: their config.json. Of another kind of VAE the pipeline's own check speaks at the first call.
-    """
+    """Refuse sides that are no multiple of a latent patch, or too long for the position embedding, by their configs."""
     patch = denoiser.get("patch_size") or 1
     if "block_out_channels" not in vae or not isinstance(patch, int):
-        return
+        return  # the pipeline's own check speaks at the first call
     multiple = 2 ** (len(vae["block_out_channels"]) - 1) * patch
     most = (denoiser.get("pos_embed_max_size") or math.inf) * multiple
     for key in ("train.resolution", "eval.resolution"):

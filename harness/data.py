@@ -55,16 +55,14 @@ def is_picture(key):
 
 
 def check_rows(rows, path, key, takes, asked):
-    """Refuse rows with keys that nothing takes, or that not all rows have.
-
-    takes: arguments of the pipeline; asked: whether a reward asks for rows.
-    """
+    """Refuse rows with keys that neither the pipeline takes nor a reward asks for, or that not all rows have."""
     for number, row in enumerate(rows, 1):
-        for name in row.keys() - {"prompt", "weight"} - set(takes) if not asked else ():
+        unused = row.keys() - {"prompt", "weight", *takes}
+        if unused and not asked:
             remedy = "the pipeline does not take it, and no reward has a parameter `rows`; leave it out"
-            refuse(key, path, f"row {number} has {name!r}: {remedy}")
-        given = {name for name in takes if name in row}
-        if given != {name for name in takes if name in rows[0]}:
+            refuse(key, path, f"row {number} has {min(unused)!r}: {remedy}")
+        given = row.keys() & {*takes}
+        if given != rows[0].keys() & {*takes}:
             refuse(key, path, f"row {number} gives the pipeline {sorted(given)}, unlike row 1; give all rows the same")
     if not any(row.get("weight", 1) for row in rows):
         refuse(key, path, "gives every row the weight 0, so that none would be drawn")

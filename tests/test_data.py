@@ -9,11 +9,11 @@ import torch
 import yaml
 from conftest import read_csv
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import common
 import grpo
-from harness import data
+from harness import data, ending
 from harness.settings import HERE, RunArgs
 
 EDIT = ("--pipeline", "StableDiffusion3Img2ImgPipeline", "--call", "strength=0.5")
@@ -49,7 +49,7 @@ def test_lines_end_at_newlines_alone(tmp_path):
 def test_image_to_image_sees_its_pictures_and_rewards_their_rows(start, edits, tmp_path):
     folder = start(grpo, *edits, "--train.train-steps", 0, 1)
     assert "contract holds: max |log ratio| of the first call 0" in (folder / "log.txt").read_text()
-    rows = read_csv(folder / "metrics.csv")
+    rows = read_csv(folder / "metrics.csv")  # `number` goes to the reward alone
     assert len(rows) == 3 and 1 < float(rows[0]["eval/total"]) < 2  # numbers 0, 1 and 2, and a mean brightness
     for picture in tmp_path.glob("*.png"):
         Image.new("RGB", (40, 40), "white").save(picture)
@@ -58,25 +58,15 @@ def test_image_to_image_sees_its_pictures_and_rewards_their_rows(start, edits, t
     assert read_csv(other / "metrics.csv")[0]["eval/image/mean"] != rows[0]["eval/image/mean"]
 
 
-def test_steps_that_image_to_image_does_not_take_are_refused(start, edits, capsys):
-    from harness import ending
-
-    with pytest.raises(SystemExit) as exit:
-        ending.start(lambda: start(grpo, *edits, "--train.train-steps", 3))
-    assert exit.value.code == 2 and "step 3 is beyond the last: this call takes 2 steps" in capsys.readouterr().err
+def test_steps_that_image_to_image_does_not_take_are_refused(start, edits, ends):
+    said = ends(ending.start, lambda: start(grpo, *edits, "--train.train-steps", 3))
+    assert "step 3 is beyond the last: this call takes 2 steps" in said
 
 
 def test_a_reward_of_whole_groups_sees_them(start, edits, tmp_path):
-    argv = [
-        "--reward",
-        f"{tmp_path}/mine.py:apart=1",
-        "--train.per-device-batch-size",
-        2,
-        "--eval.images-per-prompt",
-        2,
-    ]
-    rows = read_csv(start(grpo, *edits, "--train.train-steps", 0, *argv, "--eval.reward", "shapes=1") / "metrics.csv")
-    assert float(rows[1]["train/reward/total"]) > 0
+    argv = "--train.train-steps 0 --train.per-device-batch-size 2 --eval.images-per-prompt 2 --eval.reward shapes=1"
+    folder = start(grpo, *edits, *argv.split(), "--reward", f"{tmp_path}/mine.py:apart=1")
+    assert float(read_csv(folder / "metrics.csv")[1]["train/reward/total"]) > 0
 
 
 @pytest.mark.parametrize(
@@ -97,10 +87,6 @@ def test_rows_that_are_none_are_refused(refused, edits, tmp_path, line, remedy):
     (tmp_path / "bad.jsonl").write_text(f'{{"prompt": "a blue square", "image": "1.png"}}\n{line}\n')
     message = refused(*edits, "--reward", "shapes=1", "--prompts", tmp_path / "bad.jsonl")
     assert f"error: prompts = '{tmp_path}/bad.jsonl': " in message and remedy in message
-
-
-def test_a_reward_may_ask_for_more_than_the_pipeline_takes(start, edits):
-    assert start(grpo, *edits, "--train.train-steps", 0, "--train.max-epochs", 0)  # `number` goes to the reward alone
 
 
 def test_rows_are_drawn_by_their_weights():
@@ -138,12 +124,17 @@ def adapters(make_pipe, tmp_path):
     return tmp_path, policy
 
 
+def begun(lora, dtype=torch.float32):
+    """The embedded pipeline with saved adapters, and what is trained of it."""
+    pipe = common.load_pipeline(RunArgs.model, "cpu", dtype)
+    return pipe, common.trainable_parameters(pipe, grpo.Args(lora=str(lora)), 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("saved", ["diffusers", "peft", "diffusers/pytorch_lora_weights.safetensors"])
 def test_saved_adapters_are_begun_with(adapters, dtype, saved):
     folder, trained = adapters
-    pipe = common.load_pipeline(RunArgs.model, "cpu", dtype)
-    policy = common.trainable_parameters(pipe, grpo.Args(lora=str(folder / saved)), 0)
+    pipe, policy = begun(folder / saved, dtype)
     assert policy.keys() == trained.keys()
     assert all(torch.equal(policy[name], value) for name, value in trained.items())  # not rounded to the model's dtype
     assert pipe.transformer.peft_config["default"].lora_alpha == 64
@@ -153,19 +144,22 @@ def test_a_configuration_names_no_module_to_import(adapters):
     folder, _ = adapters
     path = folder / "peft" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"megatron_config": {}, "megatron_core": "antigravity"}))
-    pipe = common.load_pipeline(RunArgs.model, "cpu", torch.float32)
-    common.trainable_parameters(pipe, grpo.Args(lora=str(folder / "peft")), 0)
+    pipe, _ = begun(folder / "peft")
     assert pipe.transformer.peft_config["default"].megatron_core == "megatron.core"
 
 
-def test_a_key_that_fits_nothing_is_refused_by_name(adapters, capsys):
-    path = adapters[0] / "diffusers" / "pytorch_lora_weights.safetensors"
-    save_file(load_file(path) | {"transformer.nowhere.lora_A.weight": torch.ones(2, 2)}, path)
-    with pytest.raises(SystemExit) as exit:
-        common.trainable_parameters(
-            common.load_pipeline(RunArgs.model, "cpu", torch.float32), grpo.Args(lora=str(path)), 0
-        )
-    assert exit.value.code == 2 and "nowhere.lora_A.weight fits no module" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "damage, remedy",
+    [
+        (lambda file: save_file({"nowhere.lora_A.weight": torch.ones(2, 2)}, file), "nowhere.lora_A.weight fits no"),
+        (lambda file: file.write_bytes(b""), "cannot be read"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused(adapters, ends, damage, remedy):
+    file = adapters[0] / "peft" / "adapter_model.safetensors"
+    damage(file)
+    message = ends(begun, file)
+    assert message.startswith(f"error: lora = '{file}': ") and remedy in message
 
 
 @pytest.mark.parametrize("kl_reference, distance", [("base", 1), ("start", 0)])
@@ -174,24 +168,6 @@ def test_the_kl_is_to_the_base_model_or_to_the_start(start, adapters, kl_referen
     folder = start(grpo, *options, "--train.kl-reference", kl_reference, "--train.max-epochs", 1)
     assert (float(read_csv(folder / "metrics.csv")[1]["train/kl"]) > 0) == distance
     start(grpo, "--lora", folder / "lora", "--train.max-epochs", 0, name="again")  # what a run leaves
-
-
-@pytest.mark.parametrize(
-    "what, remedy",
-    [("nowhere", "no .safetensors file of adapters"), ("bin", "no .safetensors file"), ("empty", "cannot be read")],
-)
-def test_adapters_that_are_none_are_refused(refused, tmp_path, capsys, what, remedy):
-    path = {"nowhere": tmp_path / "nowhere", "bin": tmp_path / "a.bin", "empty": tmp_path / "a.safetensors"}[what]
-    if what != "nowhere":
-        path.touch()
-    if what == "empty":
-        with pytest.raises(SystemExit):
-            common.trainable_parameters(
-                common.load_pipeline(RunArgs.model, "cpu", torch.float32), grpo.Args(lora=str(path)), 0
-            )
-        assert remedy in capsys.readouterr().err
-    else:
-        assert remedy in refused("--lora", path)
 
 
 def test_the_recipe_of_repairs_is_whole():
