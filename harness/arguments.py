@@ -55,9 +55,6 @@ def parse_args(Args, description, argv=None):
     for source in (given.config, "you"):
         if by_it := [f"{key} {settings[key]}" for key, by in set_by.items() if by == source]:
             said.append(f"from {source}: {', '.join(by_it)}")
-    asked = [name for key in ("reward", "eval.reward") if set_by.get(key, "you") != "you" for name in settings[key]]
-    if code := sorted({name.rpartition(":")[0] for name in asked} - {""}):  # a model folder may not name any
-        said.append(f"note: {given.config} names rewards of {', '.join(code)}, whose code will run")
     return args, said
 
 
@@ -146,7 +143,8 @@ def _check_resumed(args, run, recorded):
     """Refuse what would change a resumed run; name it as it was begun, from the folder that it was begun in."""
     kinds = fields_of(type(args))
     for key, value in flatten(args).items():
-        same = value == recorded[key] or key.endswith(("prompts", "model")) and absolute(value) == recorded[key]
+        path = value and key.endswith(("prompts", "model"))  # recorded as an absolute one
+        same = recorded[key] in (value, os.path.realpath(value) if path else value)
         if not same and MAY_CHANGE not in get_args(kinds[key]):
             refuse(key, value, f"{run} was begun with {recorded[key]!r}, and this would change it; leave it out")
     if args.run_name not in (None, run.name):
@@ -159,15 +157,10 @@ def _check_resumed(args, run, recorded):
     args.resume, args.output_dir, args.run_name = str(run), str(run.parent), run.name
 
 
-def absolute(path):
-    """A path that means the same from any folder; None stays None."""
-    return None if path is None else str(Path(path).resolve())
-
-
 def repeatable(args):
-    """The arguments as args.yaml has them: nested settings that repeat the run, without what names it."""
+    """The arguments as args.yaml has them: nested settings that repeat the run from any folder, without its name."""
     settings = dataclasses.asdict(args) | {"run_name": None, "config": None, "resume": None}
-    settings["prompts"], settings["eval"]["prompts"] = absolute(args.prompts), absolute(args.eval.prompts)
-    if Path(args.model).is_dir():  # or else a hub id
-        settings["model"] = absolute(args.model)
+    for section, key in ((settings, "prompts"), (settings["eval"], "prompts"), (settings, "model")):
+        if section[key] and (key != "model" or os.path.isdir(args.model)):  # or else a hub id
+            section[key] = os.path.realpath(section[key])
     return fields.from_yaml(fields.to_yaml(settings))

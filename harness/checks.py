@@ -55,8 +55,8 @@ def check_steps(args):
     require(steps and steps == sorted({*steps} & {*range(last + 1)}), args, "train.train_steps", remedy)
     remedy = f"must be 1 to {len(steps)}, or None: train.train_steps has the candidates {steps}"
     require(train.num_train_steps in (None, *range(1, len(steps) + 1)), args, "train.num_train_steps", remedy)
-    remedy = "CPS takes at most 1, which replaces all noise by fresh noise"
-    require(train.dynamics_type != "CPS" or train.noise_level <= 1, args, "train.noise_level", remedy)
+    cps = train.dynamics_type == "CPS"
+    require(not cps or train.noise_level <= 1, args, "train.noise_level", "CPS takes at most 1, all noise afresh")
 
 
 def check_batches(args):
@@ -129,10 +129,7 @@ def check_prompts_and_rewards(args, takes):
 
 
 def check_model(args):
-    """Refuse a model that is missing or no rectified flow, and a call that it cannot take; loads no weights.
-
-    Returns {name: annotation} of the arguments that its pipeline takes.
-    """
+    """{name: annotation} of what the pipeline takes; refuses a model or class that is none, or no rectified flow."""
     try:
         index = DiffusionPipeline.load_config(args.model)
         scheduler = (index.get("scheduler") or [None, None])[1]
@@ -194,6 +191,5 @@ def check_resolutions(args, vae, denoiser):
     most = (denoiser.get("pos_embed_max_size") or math.inf) * multiple
     for key in ("train.resolution", "eval.resolution"):
         sides = height_width(operator.attrgetter(key)(args))
-        whole = all(side % multiple == 0 for side in sides)
-        require(whole, args, key, f"this model takes multiples of {multiple} pixels")
+        require(not any(side % multiple for side in sides), args, key, f"must be multiples of {multiple} pixels")
         require(max(sides) <= most, args, key, f"this model takes at most {most} pixels a side")

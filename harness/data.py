@@ -80,10 +80,7 @@ def picture(path):
 
 
 def call_of(rows, takes):
-    """What rows (with their pictures) give to a call of a pipeline that takes these arguments, a list of each.
-
-    A picture that is alone is handed over bare: to some pipelines a list is one prompt's references.
-    """
-    alone = len(rows) == 1
+    """What rows (with their pictures) give to a call of a pipeline that takes these arguments, a list of each."""
+    alone = len(rows) == 1  # a picture is then handed over bare: to some pipelines a list is one prompt's references
     given = {key: [row[key] for row in rows] for key in rows[0] if key in takes}
     return {key: values[0] if alone and is_picture(key) else values for key, values in given.items()}

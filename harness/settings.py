@@ -110,8 +110,7 @@ class RunArgs:
     )  # fmt: skip
     """Names of the linear layers that get adapters: the attention projections, or all-linear."""
     shard: bool = False
-    """Full fine-tuning of a model that one GPU cannot hold, in several processes: each keeps its share of the trained
-    parameters, their copies and the optimizer (FSDP2). Groups of equal rewards are then trained on like others."""
+    """Full fine-tuning of a model that one GPU cannot hold: each process keeps a share of what is trained (FSDP2)."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the frozen weights and the arithmetic. Trained parameters are always float32."""
     device: Annotated[str, MAY_CHANGE] = "auto"
@@ -141,8 +140,7 @@ class RunArgs:
     run_name: Annotated[Optional[str], MAY_CHANGE] = None
     """Name of the run folder; the script's name and the time by default."""
     resume: Annotated[Optional[Name], MAY_CHANGE] = None
-    """Continue a run exactly: its folder, or its name in output_dir. Its arguments are taken from there; others are
-    refused, but for those that do not change what it computes (docs/runs.md), such as train.max_epochs."""
+    """Continue a run exactly: its folder, or its name in output_dir. docs/runs.md says what may then change."""
     checkpoint_freq: Annotated[Count, MAY_CHANGE] = 1
     """Epochs between checkpoints, which are what a run can be resumed from; the last epoch always leaves one."""
     keep_checkpoints: Annotated[Count, MAY_CHANGE] = 2
