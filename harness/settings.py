@@ -94,7 +94,7 @@ class RunArgs:
     config: Annotated[Optional[Name], MAY_CHANGE] = None
     """A YAML file with these same keys; the command line wins over it."""
     call: pairs(object) = field(default_factory=dict)
-    """More arguments of the pipeline's call, read as YAML: max_sequence_length=256 negative_prompt=blurry."""
+    """Extra arguments of the pipeline's call, read as YAML, beside the model's own, e.g. negative_prompt=blurry."""
     pipeline: Optional[str] = None
     """Another pipeline class of diffusers over the same weights, e.g. StableDiffusion3Img2ImgPipeline."""
     finetune_type: Literal["lora", "full"] = "lora"
