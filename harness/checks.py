@@ -103,7 +103,6 @@ def check_machine(args):
 def check_run_folder(args):
     """Refuse a name that is none, or that another run has."""
     name, folder = args.run_name, Path(args.output_dir) / (args.run_name or "")
-    require(args.output_dir.isprintable(), args, "output_dir", "must be the printable path of a folder")
     is_name = name is None or name not in ("", "..") and Path(name).name == name and name.isprintable()
     require(is_name, args, "run_name", "must be the printable name of a folder, without a path")
     free = not os.path.exists(folder) or folder.is_dir() and not any(folder.iterdir()) or is_unused(folder)

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 MAY_CHANGE = "may change on --resume"
 FINITE = ConfigDict(allow_inf_nan=False, coerce_numbers_to_str=True)
-Name = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(min_length=1)]  # also no text that is not Unicode, which no file could keep
 Count = Annotated[int, Field(ge=1)]
 Size = Annotated[int, Field(ge=1, le=10_000)]
 Resolution = Union[Count, tuple[Count, Count]]

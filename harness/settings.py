@@ -135,7 +135,7 @@ class RunArgs:
     """Weighted rewards, in the place of the model's own, e.g. jpeg_compressibility=0.1 my_rewards.py:brightness=1."""
     reward_options: pairs(object) = field(default_factory=dict)
     """Options of these rewards, read as YAML, e.g. pickscore.batch_size=8; docs/rewards.md says which each one has."""
-    output_dir: Annotated[str, MAY_CHANGE] = "runs"
+    output_dir: Annotated[Name, MAY_CHANGE] = "runs"
     """Where the run folder is made."""
     run_name: Annotated[Optional[str], MAY_CHANGE] = None
     """Name of the run folder; the script's name and the time by default."""

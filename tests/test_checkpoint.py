@@ -252,7 +252,7 @@ def test_names_that_cannot_be_printed_are_refused(runs, finished, refused, tmp_p
     if "\0" not in name:
         finished.rename(tmp_path / name)
         said.append(runs.refusal(grpo, folder=tmp_path / name))
-    for line, key in zip(said, ("run_name", "resume", "run_name"), strict=False):
+    for line, key in zip(said, ("run_name", "resume", "resume"), strict=False):
         assert line.startswith(f"error: {key} = ") and line.count("\n") == 1
 
 

@@ -173,7 +173,7 @@ REFUSALS = [
     ("--reward nowhere.py:f=1", "reward", "there is no file nowhere.py"),
     ("--reward", "reward", "name at least one"),
     ("--run-name a/b", "run_name = 'a/b'", "without a path"),
-    (f"--output-dir {os.fsdecode(b'a%c' % 255)}", r"output_dir = 'a\udcff'", "must be the printable path of a folder"),
+    (f"--output-dir {os.fsdecode(b'a%c' % 255)}", r"output_dir = 'a\udcff'", "should be a valid string"),
     ("--prompts /dev/null", "prompts = '/dev/null'", "is a folder or a device"),
     ("--prompts /tmp", "prompts = '/tmp'", "is a folder"),
     ("--eval.prompts nowhere.txt", "eval.prompts = 'nowhere.txt'", "No such file"),
