@@ -38,18 +38,18 @@ from harness.parallel import average_gradients, gather, gather_rows, local_shard
 # The pipeline as a policy
 
 
-def load_pipeline(model, device, dtype, pipeline=None) -> DiffusionPipeline:
+def load_pipeline(model, device, dtype, pipeline=None, **settings) -> DiffusionPipeline:
     """Load a diffusers folder or hub id, frozen, on a device (None leaves it on the CPU) and in a dtype.
 
     Components that model_index.json holds as null are passed as None, the idiom by which SD3's T5 is left out.
-    pipeline: the name of another class of diffusers over the same weights.
+    pipeline: the name of another class of diffusers over the same weights. settings: of `from_pretrained`.
     """
     kind = getattr(diffusers, pipeline) if pipeline else DiffusionPipeline
     index = DiffusionPipeline.load_config(model)
     absent = {name: None for name, spec in index.items() if isinstance(spec, (list, tuple)) and spec[0] is None}
     try:
         with quiet():
-            pipe = kind.from_pretrained(model, dtype=dtype, **absent)
+            pipe = kind.from_pretrained(model, dtype=dtype, **absent, **settings)
     except (OSError, ValueError, SafetensorError) as error:  # a file of weights that is missing or cut
         refuse("model", model, f"does not load: {str(error).splitlines()[0]}")
     if device is not None:

@@ -24,6 +24,7 @@ from harness.fields import refuse, refusing
 from harness.flow_models import no_rectified_flow
 from harness.parallel import world_size
 from harness.run import is_unused
+from harness.settings import QUANTIZED
 
 SET_BY_THE_SCRIPT = (
     *("prompt", "height", "width", "num_inference_steps", "guidance_scale", "generator", "latents"),
@@ -95,9 +96,15 @@ def check_machine(args):
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if several and gpus and args.device != "cpu" and local > gpus:
         refuse("--nproc-per-node", local, f"each process takes a GPU, and this machine has {gpus}")
-    for key, package in (("track", "wandb"), ("tensorboard", "tensorboard")):
+    frozen = not args.quantize or args.finetune_type != "full"
+    require(frozen, args, "quantize", "is of frozen weights, and full fine-tuning has none; lora would do")
+    packages = {"track": "wandb", "tensorboard": "tensorboard"}
+    packages |= {key: QUANTIZED.get(getattr(args, key)) for key in ("quantize", "quantize_text")}
+    for key, package in packages.items():
         there = not getattr(args, key) or importlib.util.find_spec(package)
         require(there, args, key, f"needs the package {package}: pip install {package}")
+        runs = getattr(args, key) != "nf4" or gpus and args.device != "cpu"
+        require(runs, args, key, "needs a GPU in diffusers; int8 or fp8 would do")
 
 
 def check_run_folder(args):

@@ -2,7 +2,9 @@
 
 import os
 
+import diffusers
 import torch
+import transformers
 
 from common import denoisers, load_pipeline, networks, trainable_parameters
 from harness.fields import refuse
@@ -28,7 +30,7 @@ def pick_device(args):
 def make_policy(args, device):
     """The pipeline that the arguments ask for, and what of it is trained: (pipeline, {name: parameter})."""
     place = None if args.shard or args.offload else device
-    pipe = load_pipeline(args.model, place, getattr(torch, args.dtype), args.pipeline)
+    pipe = load_pipeline(args.model, place, getattr(torch, args.dtype), args.pipeline, **quantization(args))
     if args.offload:
         offload(pipe, device)
     if args.shard:
@@ -51,10 +53,30 @@ def make_policy(args, device):
     return pipe, policy
 
 
+def quantization(args):
+    """What of `from_pretrained` quantises the frozen weights as they are loaded."""
+    parts = {"transformer": (args.quantize, diffusers), "text_encoder": (args.quantize_text, transformers)}
+    mapping = {}
+    for name in diffusers.DiffusionPipeline.load_config(args.model):
+        kind, library = next((part for prefix, part in parts.items() if name.startswith(prefix)), (None, None))
+        if kind == "nf4":
+            dtype = getattr(torch, args.dtype)
+            bits = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+            mapping[name] = library.BitsAndBytesConfig(**bits)
+        elif kind:
+            from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+            mapping[name] = library.TorchAoConfig({"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]())
+    return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)} if mapping else {}
+
+
 def offload(pipe, device):
-    """Put the denoisers on the device; all other networks stay on the CPU and visit it, layer by layer, to work."""
+    """Put what is trained or quantised on the device; other networks visit it from the CPU, layer by layer, to work."""
     stream = device.type == "cuda"  # the next layer travels while one works
-    pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=stream, exclude_modules=[*denoisers(pipe)])
+    stay = [
+        name for name, part in networks(pipe).items() if name in denoisers(pipe) or getattr(part, "hf_quantizer", None)
+    ]
+    pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=stream, exclude_modules=stay)
 
 
 def out_of_memory(error, args):
@@ -70,6 +92,8 @@ def out_of_memory(error, args):
         f"--eval.per-device-batch-size ({args.eval.per_device_batch_size})": True,
         f"--train.resolution ({train.resolution})": True,
         "--finetune-type lora": args.finetune_type == "full",
+        "--quantize nf4": args.finetune_type == "lora" and not args.quantize,
+        "--quantize-text nf4": not args.quantize_text,
         "--dtype bfloat16": args.dtype == "float32",
     }
     on_resume, otherwise = (", ".join(name for name, would in o.items() if would) for o in (on_resume, otherwise))

@@ -10,6 +10,7 @@ from dynamics import SOLVERS
 from harness.fields import MAY_CHANGE, Count, Decay, Name, NotNegative, Positive, Resolution, Seed, Size, pairs
 
 HERE = Path(__file__).resolve().parent.parent
+QUANTIZED = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao"}  # by an optional package
 
 
 @dataclass
@@ -113,6 +114,11 @@ class RunArgs:
     """Full fine-tuning of a model that one GPU cannot hold: each process keeps a share of what is trained (FSDP2)."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the frozen weights and the arithmetic. Trained parameters are always float32."""
+    quantize: Optional[Literal[tuple(QUANTIZED)]] = None
+    """Keep the denoiser's frozen weights in 4 or 8 bits, under float32 adapters: nf4 by bitsandbytes, on a GPU; int8
+    and fp8 by torchao. Arithmetic stays in dtype."""
+    quantize_text: Optional[Literal[tuple(QUANTIZED)]] = None
+    """The same of the text encoders."""
     device: Annotated[str, MAY_CHANGE] = "auto"
     """A torch device; auto takes the GPU if there is one."""
     compile: bool = False
