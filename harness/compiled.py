@@ -1,6 +1,7 @@
 """--compile: the denoiser's blocks and the VAE's decoder compiled, and sampling by CUDA graphs."""
 
 import functools
+import time
 import warnings
 
 import torch
@@ -9,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from harness.parallel import recording
+from harness.parallel import rank, recording
 from harness.sharded import repeated_blocks
 
 
@@ -19,6 +20,7 @@ def compile_blocks(denoiser):
     What is compiled for gradients rounds in other places than what is compiled without. So sampling runs the code of
     training too, and forgets the activations after each call of the network: else the ratio is not 1 in bfloat16.
     """
+    announce()
     torch._dynamo.config.recompile_limit = 64  # kinds of blocks x shapes
     torch._functorch.config.activation_memory_budget = 0.9  # what is quick to compute again is not kept for training
     for block in repeated_blocks(denoiser, "compile"):
@@ -37,6 +39,23 @@ def compile_blocks(denoiser):
         return (forward if torch.is_grad_enabled() else recorded)(*args, **kwargs)
 
     denoiser.forward = forward_or_record
+
+
+@functools.cache
+def announce():
+    """Say what the first calls wait for; the next start finds most of it where torch keeps compiled code."""
+    begun = []
+
+    @torch._dynamo.on_compile_start
+    def start(_):
+        if not begun and rank() == 0:
+            print("compiling, while the first images and the first update wait for it ...", flush=True)
+        begun.append(time.perf_counter())
+
+    @torch._dynamo.on_compile_end
+    def end(_):
+        if rank() == 0:
+            print(f"compiled part {len(begun)} in {time.perf_counter() - begun[-1]:.1f} s", flush=True)
 
 
 def compile_decoder(pipe):
