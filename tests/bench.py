@@ -5,26 +5,37 @@
     python tests/bench.py sd35 --mode memory      peak memory, all networks of the pipeline included
     python tests/bench.py sd35 --mode scaling     the cost as steps, trained steps, images and resolution grow
     python tests/bench.py shapes --mode share     where the time of `python grpo.py` goes
+    python tests/bench.py sd35 --mode caps        two epochs of grpo.py by each recipe for a small GPU, under its limit
+    python tests/bench.py sd35 --mode rewards     reward networks of the published sizes, alone and beside sampling
     torchrun --nproc-per-node 2 tests/bench.py sd35 --mode ranks            an epoch by several GPUs; 1 to compare with
     torchrun --nproc-per-node 2 tests/bench.py sd35 --mode ranks --shard    and with full, sharded fine-tuning
+
+--how adds, to "eager" and "compiled", the options of `HOW`, to compare what torch makes of the same network.
 
 Run by hand. Times are medians; those of the VAE, and of the forward pass alone, means. But for --mode memory, a prompt
 is encoded once. A TFLOP/s counts what the transformer multiplies, and a backward pass as twice its forward pass.
 """
 
+import contextlib
 import functools
 import itertools
+import json
+import multiprocessing
 import os
+import re
 import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import diffusers
+import filelock
+import peft
 import torch
 import transformers
 import tyro
@@ -35,14 +46,16 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 import common  # noqa: E402
 import grpo  # noqa: E402
-from harness import compiled, machine, parallel, settings, sharded  # noqa: E402
+from harness import compiled, evaluation, machine, parallel, settings, sharded  # noqa: E402
+from harness.judges import geneval, imagereward  # noqa: E402
 from harness.run import Run  # noqa: E402
+from rewards import make_reward  # noqa: E402
 
 
 @dataclass
 class Args:
-    model: tyro.conf.Positional[Literal["shapes", "sd35", "flux"]]
-    mode: Literal["speed", "memory", "scaling", "share", "ranks"] = "speed"
+    model: tyro.conf.Positional[Literal["shapes", "sd35", "flux", "qwen", "wan"]]
+    mode: Literal["speed", "memory", "scaling", "share", "ranks", "build", "caps", "rewards"] = "speed"
     batch: int = 16
     resolution: int = 0  # 0 is 32 for shapes, else 512
     steps: int = 10
@@ -53,6 +66,10 @@ class Args:
     guidance: tuple[float, ...] = (1.0, 4.5)  # scales
     how: str = "eager,compiled"
     options: tuple[str, ...] = ()  # of --mode memory: rows that have one of these
+    models: Path = Path("/tmp/random-models")  # where --mode build and caps write models, and rewards its networks
+    recipes: str = "*"  # of --mode caps: those of the model with such names
+    script: str = ""  # more arguments of grpo.py in --mode caps
+    limit: int = 240  # seconds for a recipe in --mode caps
     checkpointing: bool = False
     cudnn_attention: bool = False
     device: str = "auto"
@@ -65,7 +82,25 @@ def make(model):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=model == "flux")
     if model == "flux":  # 11.9 B parameters in the transformer, 4.9 B in the text encoders
         transformer = diffusers.FluxTransformer2DModel(guidance_embeds=True)
-        return diffusers.FluxPipeline(scheduler, vae(0.3611, 0.1159), *clip(768, 12), *t5(), transformer)
+        words = clip(768, 12, transformers.CLIPTextModel)
+        return diffusers.FluxPipeline(scheduler, vae(0.3611, 0.1159), *words, *t5(), transformer)
+    if model == "qwen":  # 20 B in the transformer, 8.3 B in the text encoder
+        rope = {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}
+        eye = dict(hidden_size=1280, intermediate_size=3420, out_hidden_size=3584)
+        text = transformers.Qwen2_5_VLConfig(vision_config=eye, text_config=dict(
+            hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+            num_key_value_heads=4, vocab_size=152064, rope_theta=1e6, rope_scaling=rope,
+        ))  # fmt: skip
+        text = transformers.Qwen2_5_VLForConditionalGeneration(text)
+        parts = dict(text_encoder=text, tokenizer=tokenizer(1024), vae=diffusers.AutoencoderKLQwenImage())
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02)
+        transformer = diffusers.QwenImageTransformer2DModel(guidance_embeds=False)
+        return diffusers.QwenImagePipeline(scheduler=scheduler, transformer=transformer, **parts)
+    if model == "wan":  # 1.4 B in the transformer, 5.7 B in the text encoder
+        transformer = diffusers.WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30)
+        text, words = t5("UMT5", 256384)
+        parts = dict(text_encoder=text, tokenizer=words, vae=diffusers.AutoencoderKLWan())
+        return diffusers.WanPipeline(scheduler=scheduler, transformer=transformer, **parts)
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=128, patch_size=2, in_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24,
         joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048, out_channels=16,
@@ -83,19 +118,73 @@ def vae(scale, shift):
     )  # fmt: skip
 
 
-def clip(width, layers):
+def clip(width, layers, cls=transformers.CLIPTextModelWithProjection):
     config = transformers.CLIPTextConfig(
         hidden_size=width, intermediate_size=4 * width, projection_dim=width, num_hidden_layers=layers,
         num_attention_heads=width // 64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    return transformers.CLIPTextModelWithProjection(config), tokenizer(77)
+    return cls(config), tokenizer(77)
 
 
-def t5():
-    config = transformers.T5Config(
-        vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
+def t5(kind="T5", words=32128):
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=words, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
     )
-    return transformers.T5EncoderModel(config), tokenizer()
+    return getattr(transformers, f"{kind}EncoderModel")(config), tokenizer()
+
+
+def build(args, model=None):
+    """The folder of a pipeline with random weights in bfloat16, written once; equal networks are written once too."""
+    model = model or args.model
+    folder, parts = args.models / model, args.models / "parts"
+    for made in (folder, parts):
+        made.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(args.models / f"{model}.lock"):
+        if (folder / "model_index.json").exists():
+            return folder
+        with torch.device("meta"):
+            pipe = make(model)
+        for name, part in pipe.components.items():
+            if hasattr(part, "save_pretrained") and not isinstance(part, torch.nn.Module):
+                part.save_pretrained(folder / name)
+            if not isinstance(part, torch.nn.Module):
+                continue
+            place = parts / f"{type(part).__name__}-{sum(p.numel() for p in part.parameters())}"
+            with filelock.FileLock(f"{place}.lock"):
+                if not place.exists():
+                    part.config.save_pretrained(place) if model_of_transformers(part) else part.save_config(place)
+                    kind = "model" if model_of_transformers(part) else "diffusion_pytorch_model"
+                    write_random(part, place / f"{kind}.safetensors")
+            (folder / name).symlink_to(place.resolve())
+        pipe.save_config(folder)
+    return folder
+
+
+def model_of_transformers(part):
+    return isinstance(part, transformers.PreTrainedModel)
+
+
+def write_random(network, path, deviation=0.02, most=2**26):
+    """A safetensors file of a network: matrices of random numbers, scales 1, biases 0, all in bfloat16."""
+    torch.manual_seed(0)
+    kept = {name: t for name, t in network.state_dict().items() if t.is_floating_point()}
+    numbers = torch.randn(most).mul(deviation).bfloat16().view(torch.int16).numpy()
+    flat = {value: torch.full((2**16,), value).bfloat16().view(torch.int16).numpy() for value in (0.0, 1.0)}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, t in kept.items():
+        header[name] = {"dtype": "BF16", "shape": list(t.shape), "data_offsets": [end, end + 2 * t.numel()]}
+        end += 2 * t.numel()
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for number, (name, t) in enumerate(kept.items()):
+            values, left = numbers if t.ndim > 1 else flat[1.0 if name.endswith("weight") else 0.0], t.numel()
+            start = number * 7919 * 64 % most if t.ndim > 1 else 0
+            while left:
+                written = values[start : start + left]
+                file.write(written.data)
+                left, start = left - len(written), 0
 
 
 class Workload:
@@ -213,6 +302,29 @@ def row(*cells):
     print("|", " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells), "|", flush=True)
 
 
+HOW = ("whole", "nocast", "lhs")
+"""Of --how, joined by +: the whole transformer compiled at once, not block by block; adapters take their input as it
+comes, without a cast to float32 and back; linear layers that share their input are one product in torch's compiler."""
+
+
+def prepare(load, how):
+    """Make the workload's network what --how says."""
+    how = how.split("+")
+    assert set(how) <= {"eager", "compiled", *HOW}, how
+    if "nocast" in how:
+        for module in load.denoiser.modules():
+            if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+                module.cast_input_dtype_enabled = False
+    if "lhs" in how:
+        torch._inductor.config.pre_grad_fusion_options = {"batch_linear_lhs": {}}
+    if "whole" in how:
+        load.denoiser.forward = torch.compile(load.denoiser.forward, dynamic=False, options={"combo_kernels": True})
+        compiled.repeated_blocks = lambda *_: ()
+    if {"compiled", "whole"} & set(how):
+        compiled.compile_blocks(load.denoiser)
+        compiled.compile_decoder(load.pipe)
+
+
 def speed(load, args):
     """The network, sampling and training by it, and whole epochs of Flow-GRPO and of the mixed setting."""
     calls, per = {scale: load.arguments(scale) for scale in args.guidance}, 1e3 / args.batch
@@ -224,9 +336,8 @@ def speed(load, args):
         f"epoch of {args.steps - 1} trained steps", "of 2",
     )  # fmt: skip
     for how, (scale, call) in itertools.product(args.how.split(","), calls.items()):
-        if how == "compiled" and scale == args.guidance[0]:
-            compiled.compile_blocks(load.denoiser)
-            compiled.compile_decoder(load.pipe)
+        if scale == args.guidance[0]:
+            prepare(load, how)
         first, ratio = timed(load.epoch, call, [0, 1])
         load.clock.spent.clear()
         forget = load.clock.add(load.denoiser, "forward", "network")
@@ -321,6 +432,175 @@ def ranks(load, args):
     row(world, images, args.calls, seconds, world * images / seconds, peak())
 
 
+POISONED = 77  # the exit status of a fork of a process that has looked at the GPU
+CONTEXT = 0.6  # GiB that CUDA takes for itself and torch does not count
+SHORT = (
+    *("--reward", "jpeg_compressibility=1", "--train.unique-sample-num-per-epoch", "2", "--train.max-epochs", "2"),
+    *("--train.gradient-step-per-epoch", "1", "--train.num-train-steps", "2", "--eval.num-inference-steps", "10"),
+    *("--eval.eval-freq", "2", "--train.group-size"),
+)
+
+
+def caps(args):
+    """Two epochs of `grpo.py` by each recipe whose name says how many GiB are enough, in a process with so many."""
+    processes = multiprocessing.get_context("fork")  # which have all packages at once
+    first = processes.Process(target=build, args=(args,))  # threads that have worked do not survive a fork
+    first.start()
+    first.join()
+    print(f"python grpo.py --config RECIPE {' '.join(SHORT)} 4 (2 of wan)")
+    table("recipe", "result", "ms/image", "peak GiB", "reserved", "max abs log ratio", "evaluation, s", "all, s")
+    found = (settings.HERE / "docs" / "recipes").glob(f"{args.model}-{args.recipes}gib.yaml")
+    for recipe in sorted(found, key=lambda path: (path.stem.split("-")[1], -int(re.findall(r"\d+", path.stem)[-1]))):
+        process = processes.Process(target=capped, args=(recipe, args))
+        process.start()
+        process.join(args.limit)
+        if process.exitcode == POISONED:
+            process = multiprocessing.get_context("spawn").Process(target=capped, args=(recipe, args))
+            process.start()
+            process.join(args.limit)
+        if process.is_alive():
+            process.kill()
+            row(recipe.stem, f"not done in {args.limit} s")
+
+
+def capped(recipe, args):
+    """A recipe in this process; prints its row."""
+    if torch.cuda._is_in_bad_fork():
+        sys.exit(POISONED)
+    gib, began, clock = int(re.findall(r"\d+", recipe.stem)[-1]), time.perf_counter(), Clock()
+    gpu, log, lines, result = torch.cuda.is_available(), Run.log, [], "works"
+    if gpu:
+        torch.cuda.set_per_process_memory_fraction((gib - CONTEXT) * 2**30 / torch.cuda.mem_get_info()[1])
+    Run.log = lambda run, line: lines.append((time.perf_counter(), clock.spent["evaluation"])) or log(run, line)
+    clock.add(Run, "evaluate", "evaluation")
+    with tempfile.TemporaryDirectory() as folder:
+        prompts, group = Path(folder) / "prompts.txt", 2 if args.model == "wan" else 4
+        prompts.write_text("a red circle\na blue square left of a white cross\n")
+        sys.argv = ["grpo.py", "--config", str(recipe), "--model", str(args.models / args.model), *SHORT, str(group)]
+        sys.argv += ["--prompts", str(prompts), "--output-dir", folder, "--run-name", "run", *args.script.split()]
+        said = open(os.devnull, "w") if not args.script else sys.stderr  # noqa: SIM115
+        try:
+            with contextlib.redirect_stdout(said):
+                grpo.main()
+        except torch.OutOfMemoryError as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            own = next(f.name for f in frames[::-1] if str(settings.HERE) in f.filename and "site" not in f.filename)
+            result = f"out of memory in {own}, {Path(frames[-1].filename).stem}.{frames[-1].name}: {str(error)[:90]}"
+        except BaseException as error:
+            traceback.print_exc()
+            result = f"{type(error).__name__}: {error}"[:300]
+        log = Path(folder) / "run" / "log.txt"
+        ratio = re.findall(r"max .log ratio. of the first call ([^ ,]+)", log.read_text() if log.exists() else "")
+    ms = [1e3 * (b[0] - a[0] - b[1] + a[1]) / (2 * group) for a, b in itertools.pairwise(lines)][-1:]
+    most = [torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30] if gpu else [0.0, 0.0]
+    spent = clock.spent["evaluation"], time.perf_counter() - began
+    row(recipe.stem, result, *(ms or ["-"]), *most, *(ratio or ["-"]), *spent)
+
+
+def reward_networks(folder, device):
+    """{reward: its options}: networks of the published architectures and sizes, in the published formats."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    letters = ["<|startoftext|>", "<|endoftext|>", *words[5:], *(f"{letter}</w>" for letter in words[5:])]
+    torch.manual_seed(0)
+    torch.set_default_device(device)  # where random numbers are made at once
+
+    def clip_of(name, vision, text, width):
+        tokens = dict(vocab_size=49408, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+        config = transformers.CLIPConfig(
+            vision_config=vision | dict(patch_size=14), text_config=text | tokens, projection_dim=width
+        )
+        transformers.CLIPModel(config).save_pretrained(folder / name)
+        transformers.CLIPTokenizer(vocab={w: i for i, w in enumerate(letters)}, merges=[]).save_pretrained(
+            folder / name
+        )
+        transformers.CLIPImageProcessorPil().save_pretrained(folder / name)
+        return str(folder / name)
+
+    def size(width, layers, heads):
+        named = dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers)
+        return named | dict(num_attention_heads=heads)
+
+    def head(prefix, width):
+        sizes = [width, 1024, 128, 64, 16, 1]
+        layers = zip((0, 2, 4, 6, 7), sizes, sizes[1:], strict=False)
+        made = {f"{prefix}{i}.weight": torch.randn(b, a) / a**0.5 for i, a, b in layers}
+        return made | {name.replace("weight", "bias"): torch.randn(len(w)) for name, w in made.items()}
+
+    large = clip_of("large", size(1024, 24, 16), size(768, 12, 12), 768)
+    huge = clip_of("huge", size(1280, 32, 16), size(1024, 24, 16), 1024)
+    torch.save(head("layers.", 768), folder / "head.pth")
+
+    text = dict(size(768, 12, 12), vocab_size=30524, max_position_embeddings=512, hidden_act="gelu", pad_token_id=0)
+    text |= dict(layer_norm_eps=1e-12, model_type="bert", add_cross_attention=True, encoder_width=768)
+    (folder / "med_config.json").write_text(json.dumps(text))
+    transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+    vision = transformers.BlipVisionConfig(**size(1024, 24, 16), image_size=224, patch_size=16)
+    said = transformers.BlipTextConfig(**text, encoder_hidden_size=1024)
+    seen = transformers.BlipVisionModel(vision).state_dict()
+    for old, new in reversed(imagereward.BLIP_NAMES.items()):
+        new, old = re.escape(new), old.replace("\\", "").removeprefix("^")
+        seen = {re.sub(rf"^{new}" if not new.startswith(r"\.") else new, old, name): t for name, t in seen.items()}
+    made = {f"blip.visual_encoder.{name}": t for name, t in seen.items()} | head("mlp.layers.", 768)
+    reader = transformers.BlipTextModel(said, add_pooling_layer=False).state_dict()
+    torch.save(made | {f"blip.text_encoder.{name}": t for name, t in reader.items()}, folder / "ImageReward.pt")
+
+    labels = dict(enumerate(geneval.OBJECTS))
+    transformers.RTDetrForObjectDetection(transformers.RTDetrConfig(id2label=labels)).save_pretrained(folder / "detr")
+    transformers.RTDetrImageProcessor().save_pretrained(folder / "detr")
+    torch.set_default_device(None)
+    return {
+        "clipscore": {"model": large},
+        "pickscore": {"model": huge, "processor": huge},
+        "hpsv2": {"model": huge, "processor": huge},
+        "aesthetic": {"model": large, "head": str(folder / "head.pth")},
+        "imagereward": {"model": str(folder), "tokenizer": str(folder)},
+        "geneval": {"detector": str(folder / "detr"), "clip": large, "threshold": 0.0},
+    }
+
+
+def rewards(load, args):
+    """Each reward for a batch: alone on this device and on the CPU, and beside the sampling of the next batches."""
+    calls, per = args.calls, 1e3 / args.batch
+    made = reward_networks(args.models / "rewards", load.device)
+    prompts = ["a photo of a red car and a dog"] * args.batch
+    images = torch.rand(args.batch, 3, args.resolution, args.resolution, generator=torch.Generator().manual_seed(0))
+    call, rows = load.arguments(1.0), [{"prompt": prompt} for prompt in prompts]
+    table(
+        "sampling", "reward", "ms/image", "weights, GiB", "and peak", "CPU, ms/image", "max abs value", "difference",
+        "sampling alone, ms/image", "both", "both over the longer",
+    )  # fmt: skip
+    for how in args.how.split(","):
+        prepare(load, how)
+        load.sample(call, []), load.sample(call, []), load.sample(call, [])
+        alone = timed(lambda: [load.sample(call, []) for _ in range(calls)])[0] * per / calls
+        for name, given in made.items():
+            before, options = torch.cuda.memory_allocated() / 2**30, {f"{name}.{key}": v for key, v in given.items()}
+            peak()
+            reward = make_reward({name: 1.0}, load.device, options)
+            weights, here = torch.cuda.memory_allocated() / 2**30 - before, images.to(load.device)
+            reward(here, prompts), reward(here, prompts)
+            seconds, scores = timed(reward, here, prompts, repeats=args.repeats)
+            most, on_cpu, few = peak() - before, ["-", "-", "-"], slice(4)
+            if how == args.how.split(",")[0]:
+                slow, there = timed(make_reward({name: 1.0}, "cpu", options), images[few], prompts[few])
+                gap = (scores["total"][few].cpu() - there["total"]).abs().max().item()
+                on_cpu = [slow * 1e3 / 4, there["total"].abs().max().item(), f"{gap:.2g}"]
+
+            def both(reward=reward):
+                scoring = evaluation.Scoring(reward, args.batch)
+                for _ in range(calls):
+                    scoring.add(load.sample(call, []).images, rows)
+                scoring.finish()
+
+            together = timed(both)[0] * per / calls
+            row(
+                how, name, seconds * per, weights, most, *on_cpu, alone, together,
+                together / max(alone, seconds * per),
+            )  # fmt: skip
+            del reward
+
+
 def share(_, args):
     """What `python grpo.py` does with the time of an epoch, in the script itself; evaluation not counted."""
     clock, begun, log = Clock(), [], Run.log
@@ -354,6 +634,10 @@ def share(_, args):
 def main():
     args = tyro.cli(Args, description=__doc__)
     args.resolution = args.resolution or (32 if args.model == "shapes" else 512)
+    if args.mode == "build":
+        return print(build(args))
+    if args.mode == "caps":
+        return caps(args)
     device = machine.pick_device(grpo.Args(device=args.device, cudnn_attention=args.cudnn_attention))
     if parallel.rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -362,6 +646,7 @@ def main():
     where = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU, one thread"
     print(f"{args.model} on {where}, torch {torch.__version__}, diffusers {diffusers.__version__}", flush=True)
     tables = {"speed": speed, "memory": memory, "scaling": scaling, "share": share, "ranks": ranks}
+    tables |= {"rewards": rewards}
     tables[args.mode](None if args.mode == "share" else Workload(args, device), args)
 
 
