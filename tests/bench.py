@@ -302,9 +302,26 @@ def row(*cells):
     print("|", " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells), "|", flush=True)
 
 
-HOW = ("whole", "nocast", "lhs")
+HOW = ("whole", "nocast", "one")
 """Of --how, joined by +: the whole transformer compiled at once, not block by block; adapters take their input as it
-comes, without a cast to float32 and back; linear layers that share their input are one product in torch's compiler."""
+comes, without a cast to float32 and back; adapters that share their input have one product with it."""
+
+
+def one_product(layers):
+    """Let the first of some adapters, which are called with one input in this order, multiply it for all."""
+    held = []
+
+    def forward(i, layer, x):
+        if i == 0:
+            downs = [each.lora_A["default"].weight for each in layers]
+            held[:] = torch.nn.functional.linear(x, torch.cat(downs)).split([len(down) for down in downs], dim=-1)
+        up = layer.lora_B["default"](held[i]) * layer.scaling["default"]
+        if i == len(layers) - 1:
+            held.clear()
+        return layer.base_layer(x) + up
+
+    for i, layer in enumerate(layers):
+        layer.forward = functools.partial(forward, i, layer)
 
 
 def prepare(load, how):
@@ -315,8 +332,11 @@ def prepare(load, how):
         for module in load.denoiser.modules():
             if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
                 module.cast_input_dtype_enabled = False
-    if "lhs" in how:
-        torch._inductor.config.pre_grad_fusion_options = {"batch_linear_lhs": {}}
+    for module in load.denoiser.modules() if "one" in how else ():
+        for names in (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")):
+            layers = [getattr(module, name, None) for name in names]
+            if all(isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer) for layer in layers):
+                one_product(layers)
     if "whole" in how:
         load.denoiser.forward = torch.compile(load.denoiser.forward, dynamic=False, options={"combo_kernels": True})
         compiled.repeated_blocks = lambda *_: ()
@@ -432,7 +452,6 @@ def ranks(load, args):
     row(world, images, args.calls, seconds, world * images / seconds, peak())
 
 
-POISONED = 77  # the exit status of a fork of a process that has looked at the GPU
 CONTEXT = 0.6  # GiB that CUDA takes for itself and torch does not count
 SHORT = (
     *("--reward", "jpeg_compressibility=1", "--train.unique-sample-num-per-epoch", "2", "--train.max-epochs", "2"),
@@ -443,30 +462,28 @@ SHORT = (
 
 def caps(args):
     """Two epochs of `grpo.py` by each recipe whose name says how many GiB are enough, in a process with so many."""
-    processes = multiprocessing.get_context("fork")  # which have all packages at once
-    first = processes.Process(target=build, args=(args,))  # threads that have worked do not survive a fork
-    first.start()
-    first.join()
+    found = (settings.HERE / "docs" / "recipes").glob(f"{args.model}-{args.recipes}gib.yaml")
+    found = sorted(found, key=lambda path: [int(number) for number in re.findall(r"\d+", path.stem)])
+    spawn = multiprocessing.get_context("spawn")
+    turns = [spawn.Event() for _ in found]
+    runs = [spawn.Process(target=capped, args=(recipe, args, turn)) for recipe, turn in zip(found, turns, strict=True)]
+    runs[0].start()
+    build(args)
     print(f"python grpo.py --config RECIPE {' '.join(SHORT)} 4 (2 of wan)")
     table("recipe", "result", "ms/image", "peak GiB", "reserved", "max abs log ratio", "evaluation, s", "all, s")
-    found = (settings.HERE / "docs" / "recipes").glob(f"{args.model}-{args.recipes}gib.yaml")
-    for recipe in sorted(found, key=lambda path: (path.stem.split("-")[1], -int(re.findall(r"\d+", path.stem)[-1]))):
-        process = processes.Process(target=capped, args=(recipe, args))
-        process.start()
-        process.join(args.limit)
-        if process.exitcode == POISONED:
-            process = multiprocessing.get_context("spawn").Process(target=capped, args=(recipe, args))
-            process.start()
-            process.join(args.limit)
-        if process.is_alive():
-            process.kill()
+    for i, (recipe, run, turn) in enumerate(zip(found, runs, turns, strict=True)):
+        turn.set()
+        for later in runs[i + 1 : i + 2]:  # one loads its packages while another works
+            later.start()
+        run.join(args.limit)
+        if run.is_alive():
+            run.kill()
             row(recipe.stem, f"not done in {args.limit} s")
 
 
-def capped(recipe, args):
-    """A recipe in this process; prints its row."""
-    if torch.cuda._is_in_bad_fork():
-        sys.exit(POISONED)
+def capped(recipe, args, turn):
+    """A recipe in this process, when it is its turn; prints its row."""
+    turn.wait()
     gib, began, clock = int(re.findall(r"\d+", recipe.stem)[-1]), time.perf_counter(), Clock()
     gpu, log, lines, result = torch.cuda.is_available(), Run.log, [], "works"
     if gpu:
