@@ -85,6 +85,7 @@ def test_a_run_on_a_quantised_base(start, monkeypatch, kind, script):
 
 
 def test_what_is_quantised_is_frozen_and_its_packages_are_there(refused, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert "quantize = 'fp8': is of frozen weights" in refused("--quantize", "fp8", "--finetune-type", "full")
     assert "quantize_text = 'nf4': needs a GPU" in refused("--quantize-text", "nf4", "--device", "cpu")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
