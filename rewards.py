@@ -17,17 +17,16 @@ import difflib
 import functools
 import importlib.util
 import inspect
-import re
 import sys
 import traceback
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from harness.judges import clip, geneval, imagereward, ocr, vlm
-from harness.judges.weights import Model, encode, in_batches, to_bytes
+from harness.judges.weights import encode, to_bytes
 from shapes import world
 
 
@@ -151,8 +150,8 @@ def check_untrusted(weights, options):
         name, _, option = str(key).rpartition(".")
         takes = inspect.signature(REWARDS[name]).parameters if name in REWARDS else {}
         kind = takes[option].annotation if option in takes else None
-        harmless = kind in (int, float, bool) or get_origin(kind) is Literal
-        if not harmless or not fits(value, kind):
+        harmless = getattr(kind, "__origin__", kind) in (int, float, bool, Literal)  # also with bounds
+        if not harmless or misfit(value, kind):
             raise ValueError(f"a model folder may set numbers, true or false and choices of rewards, not {key}={value}")
 
 
@@ -166,44 +165,37 @@ def _wrong_option(weights, key, value):
     takes = inspect.signature(REWARDS[name]).parameters
     if option not in takes:
         return f"{name} has no option {option!r}; {_nearest(option, takes)}it has: {', '.join(takes)}"
-    kind = takes[option].annotation
-    if kind is not inspect.Parameter.empty and not fits(value, kind):
-        return f"should be {inspect.formatannotation(kind).replace('typing.', '')}"
-    if option in ("batch_size", "divide_by", "side", "threads", "concurrency", "timeout") and value <= 0:
-        return "must be above 0"
     if option == "device":
         try:
             torch.empty(0, device=value)
         except (RuntimeError, AssertionError, TypeError) as error:
             return str(error).splitlines()[0]
-    of_a_model = value is not None and Model in (kind, *get_args(kind))
-    if of_a_model and not Path(value).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", value):
-        return "no such file or folder, and no hub id either"
+    kind = takes[option].annotation
+    return None if kind is inspect.Parameter.empty else misfit(value, kind)
+
+
+def misfit(value, kind):
+    """What a value read from YAML should be, and is not, by an annotated type with its bounds; None if it fits."""
+    try:
+        TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False)).validate_python(value, strict=True)
+    except ValidationError as error:
+        return error.errors()[0]["msg"].removeprefix("Value error, ").replace("Input should", "should")
     return None
 
 
-def fits(value, kind):
-    """Whether a value read from YAML is of an annotated type."""
-    try:
-        TypeAdapter(kind).validate_python(value, strict=True)
-    except ValidationError:
-        return False
-    return True
-
-
-def make_reward(weights, device, options=None, group_size=None):
+def make_reward(weights, device, options=None):
     """The weighted sum of rewards.
 
     weights: {"name": weight}, at least one. options: {"name.option": value}, among them the `device` of any reward.
-    group_size: G, or None if the images of a call are one group; where `takes_groups(weights)`, hand over whole groups,
-    one after another. Returns fn(images, prompts, rows=None) -> {"name": (B,), ..., "total": (B,)}, float32 on the
-    images' device. Raises ValueError for an unknown name or option and RewardError for a model that does not load; fn
-    raises RewardError, naming the reward, where one returns anything but B finite numbers.
+    Returns fn(images, prompts, rows=None) -> {"name": (B,), ..., "total": (B,)}, float32 on the images' device; where
+    `fn.takes_groups`, the images of a call are one group. Raises ValueError for an unknown name or option and
+    RewardError for a model that does not load; fn raises RewardError, naming the reward, where one returns anything but
+    B finite numbers.
     """
-    return make_rewards(weights, {}, device, options, group_size)[0]
+    return make_rewards(weights, {}, device, options)[0]
 
 
-def make_rewards(weights, eval_weights, device, options=None, group_size=None, eval_group_size=None):
+def make_rewards(weights, eval_weights, device, options=None):
     """(reward, eval_reward): that of training as `make_reward` says, and one with the total of eval_weights.
 
     The second scores the images by the rewards of both; without eval_weights its total is that of the first.
@@ -212,17 +204,17 @@ def make_rewards(weights, eval_weights, device, options=None, group_size=None, e
     check_rewards(asked, options=options)
     made = {name: _made(name, device, options or {}) for name in asked}
 
-    def weighted(names, weights, group_size):
+    def weighted(names, weights):
         @torch.no_grad()
         def reward(images, prompts, rows=None):
             rows = [{"prompt": prompt} for prompt in prompts] if rows is None else rows
-            values = {name: made[name](images, list(prompts), rows, group_size) for name in names}
+            values = {name: _scores(name, made[name], images, prompts, rows) for name in names}
             return values | {"total": sum(weight * values[name] for name, weight in weights.items())}
 
         reward.takes_groups = takes_groups(names)
         return reward
 
-    return weighted(weights, weights, group_size), weighted(asked, eval_weights or weights, eval_group_size)
+    return weighted(weights, weights), weighted(asked, eval_weights or weights)
 
 
 class RewardError(SystemExit, ValueError):
@@ -233,32 +225,20 @@ class RewardError(SystemExit, ValueError):
 
 
 def _made(name, device, options):
-    """scores(images, prompts, rows, group_size) -> (B,) of one reward."""
-    factory = find_reward(name)
+    """The function of a reward."""
     own = {key.removeprefix(f"{name}."): value for key, value in options.items() if key.rpartition(".")[0] == name}
     try:
-        function = factory(**{"device": device, **own})
+        return find_reward(name)(**{"device": device, **own})
     except (OSError, ValueError, KeyError, RuntimeError) as error:  # files that are missing or hold something else
         raise RewardError(name, f"cannot be made: {_line(error)}") from error
-    return functools.partial(_scores, name, function, getattr(factory, "takes_groups", False))
 
 
-def _scores(name, function, grouped, images, prompts, rows, group_size):
-    frames, size = 1, group_size if grouped and group_size else len(images)
-    if len(images) % size:
-        raise RewardError(name, f"takes groups of {size} images, and {len(images)} are not whole groups")
+def _scores(name, function, images, prompts, rows):
+    """What a reward returns for images or videos, (B,); of a video the mean over its frames, unless it takes videos."""
+    frames = 1
     if images.ndim == 5 and not getattr(function, "takes_video", False):
         frames, images = images.shape[1], images.flatten(0, 1)
     prompts, rows = ([each for each in of_images for _ in range(frames)] for of_images in (prompts, rows))
-    values = in_batches(functools.partial(_call, name, function), size * frames)(images, prompts, rows)
-    if not values.isfinite().all():
-        bad = int((~values.isfinite()).nonzero()[0])
-        raise RewardError(name, f"returned {values[bad].item()} for image {bad}")
-    return values.reshape(-1, frames).mean(dim=1)
-
-
-def _call(name, function, images, prompts, rows):
-    """What a reward returns for these images, as (B,)."""
     if name not in REWARDS:  # a user's function may write into what it is given
         images, rows = images.clone(), copy.deepcopy(rows)
     try:
@@ -272,7 +252,10 @@ def _call(name, function, images, prompts, rows):
         raise RewardError(name, f"failed: {_line(error)}") from error
     if values.shape != (len(images),):
         raise RewardError(name, f"returned shape {tuple(values.shape)} for {len(images)} images")
-    return values
+    if not values.isfinite().all():
+        bad = int((~values.isfinite()).nonzero()[0])
+        raise RewardError(name, f"returned {values[bad].item()} for image {bad}")
+    return values.reshape(-1, frames).mean(dim=1)
 
 
 def _takes_rows(function):

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
+import urllib3
 import yaml
 from conftest import read_csv
 from PIL import Image, ImageDraw, ImageFont
@@ -30,7 +31,7 @@ import grpo
 import grpo_guard
 import nft
 from harness.judges import clip, geneval, imagereward, ocr, vlm
-from rewards import REWARDS, RewardError, check_rewards, make_reward
+from rewards import RewardError, check_rewards, make_reward
 
 SIZE, LIMIT = 32, 29  # pixels a side and tokens of the small models
 PROMPTS = ["red", "a blue square", "two", "a very long prompt of many letters"]
@@ -83,6 +84,14 @@ def head(prefix, width):
     return weights
 
 
+def through(x, weights):
+    """What those layers make of x, which has one row for each image."""
+    values = list(weights.values())
+    for weight, bias in zip(values[::2], values[1::2], strict=True):
+        x = x @ weight.T + bias
+    return x[:, 0]
+
+
 @pytest.fixture(scope="session")
 def head_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("head") / "head.pth"
@@ -93,17 +102,16 @@ def head_file(tmp_path_factory):
 class Blip:
     """ImageReward written out by the names of its checkpoint, in salesforce/BLIP's layout; draws weights as it goes."""
 
-    wide, width, heads = 128, 32, (2, 4)  # of the vision encoder and the text encoder
+    wide, width = 128, 32  # of the vision encoder, with 2 heads, and of the text encoder, with 4
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "square", "two", "very", "long", "of"]
 
     def __init__(self):
-        self.weights = head("mlp.layers.", self.width)
+        self.weights = {}
 
     def draw(self, name, *shape, scale=1.0):
-        name = f"blip.{name}"
-        if name not in self.weights:
-            self.weights[name] = scale * torch.randn(shape)
-        return self.weights[name]
+        if f"blip.{name}" not in self.weights:
+            self.weights[f"blip.{name}"] = scale * torch.randn(shape)
+        return self.weights[f"blip.{name}"]
 
     def linear(self, x, name, size):
         return F.linear(x, self.draw(f"{name}.weight", size, x.shape[-1], scale=0.3), self.draw(f"{name}.bias", size))
@@ -114,42 +122,37 @@ class Blip:
 
     def attend(self, q, k, v, heads):
         q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-        return ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
     def see(self, pixels):
         """(1, 3, SIZE, SIZE) -> (1, patches + 1, wide)."""
         eye, wide = "visual_encoder", self.wide
         kernel = self.draw(f"{eye}.patch_embed.proj.weight", wide, 3, 16, 16, scale=1 / 16)
-        bias = self.draw(f"{eye}.patch_embed.proj.bias", wide)
-        x = F.conv2d(pixels, kernel, bias, stride=16).flatten(2).mT
+        x = F.conv2d(pixels, kernel, self.draw(f"{eye}.patch_embed.proj.bias", wide), stride=16).flatten(2).mT
         x = torch.cat([self.draw(f"{eye}.cls_token", 1, 1, wide), x], dim=1)
         x = x + self.draw(f"{eye}.pos_embed", 1, x.shape[1], wide)
         for block in (f"{eye}.blocks.0", f"{eye}.blocks.1"):
             q, k, v = self.linear(self.norm(x, f"{block}.norm1", 1e-6), f"{block}.attn.qkv", 3 * wide).chunk(3, dim=-1)
-            x = x + self.linear(self.attend(q, k, v, self.heads[0]), f"{block}.attn.proj", wide)
+            x = x + self.linear(self.attend(q, k, v, 2), f"{block}.attn.proj", wide)
             hidden = F.gelu(self.linear(self.norm(x, f"{block}.norm2", 1e-6), f"{block}.mlp.fc1", 4 * wide))
             x = x + self.linear(hidden, f"{block}.mlp.fc2", wide)
         return self.norm(x, f"{eye}.norm", 1e-6)
 
-    def score(self, pixels, words):
-        """pixels: (1, 3, SIZE, SIZE) as the network takes them; words: token ids."""
-        seen, width, embeddings = self.see(pixels), self.width, "text_encoder.embeddings"
+    def read(self, words, seen):
+        """Token ids beside what was seen: (1, width) of the first token, [CLS]."""
+        width, embeddings = self.width, "text_encoder.embeddings"
         x = self.draw(f"{embeddings}.word_embeddings.weight", len(self.words), width)[words]
         x = x + self.draw(f"{embeddings}.position_embeddings.weight", 40, width)[: len(words)]
         x = self.norm(x[None], f"{embeddings}.LayerNorm", 1e-12)
         for layer in ("text_encoder.encoder.layer.0", "text_encoder.encoder.layer.1"):
-            for name, source in ((f"{layer}.attention", None), (f"{layer}.crossattention", seen)):
-                source = x if source is None else source
+            for name, beside in ((f"{layer}.attention", False), (f"{layer}.crossattention", True)):
                 q = self.linear(x, f"{name}.self.query", width)
-                k, v = (self.linear(source, f"{name}.self.{part}", width) for part in ("key", "value"))
-                attended = self.linear(self.attend(q, k, v, self.heads[1]), f"{name}.output.dense", width)
+                k, v = (self.linear(seen if beside else x, f"{name}.self.{n}", width) for n in ("key", "value"))
+                attended = self.linear(self.attend(q, k, v, 4), f"{name}.output.dense", width)
                 x = self.norm(x + attended, f"{name}.output.LayerNorm", 1e-12)
             hidden = F.gelu(self.linear(x, f"{layer}.intermediate.dense", 48))
             x = self.norm(x + self.linear(hidden, f"{layer}.output.dense", width), f"{layer}.output.LayerNorm", 1e-12)
-        x = x[0, 0]
-        for name in (0, 2, 4, 6, 7):
-            x = F.linear(x, self.weights[f"mlp.layers.{name}.weight"], self.weights[f"mlp.layers.{name}.bias"])
-        return (x.item() - 0.16717362830052426) / 1.0333394966054072
+        return x[:, 0]
 
 
 @pytest.fixture(scope="session")
@@ -159,31 +162,29 @@ def imagereward_model(tmp_path_factory):
     transformers.BertTokenizer(vocab={word: i for i, word in enumerate(model.words)}).save_pretrained(folder)
     med = dict(
         vocab_size=len(model.words), hidden_size=model.width, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=model.heads[1], max_position_embeddings=40, hidden_act="gelu", layer_norm_eps=1e-12,
-        pad_token_id=0, model_type="bert", architectures=["BertModel"], add_cross_attention=True, encoder_width=768,
+        num_attention_heads=4, max_position_embeddings=40, hidden_act="gelu", layer_norm_eps=1e-12,
+        hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, pad_token_id=0, model_type="bert",
+        architectures=["BertModel"], add_cross_attention=True, encoder_width=768,
     )  # fmt: skip
     (folder / "med_config.json").write_text(json.dumps(med))
-    model.score(torch.zeros(1, 3, SIZE, SIZE), [0])
-    model.draw("text_encoder.embeddings.position_ids", 1, 40)
-    model.draw("vision_proj.weight", 8, model.wide)  # in the checkpoint and not used
-    torch.save(model.weights, folder / "ImageReward.pt")
+    torch.manual_seed(2)
+    model.read([0], model.see(torch.zeros(1, 3, SIZE, SIZE)))
+    buffer = {"blip.text_encoder.embeddings.position_ids": torch.zeros(1, 40)}
+    unused = {"blip.vision_proj.weight": torch.zeros(8, model.wide)}
+    torch.save(model.weights | buffer | unused | head("mlp.layers.", model.width), folder / "ImageReward.pt")
     return folder, model
 
 
 @pytest.fixture
-def options_of(request):
+def options_of(clip_folder, head_file, imagereward_model, monkeypatch):
     """options_of(name): the command line's options for a reward by a small model."""
-
-    def options(name):
-        if name == "imagereward":
-            folder = str(request.getfixturevalue("imagereward_model")[0])
-            return {"imagereward.model": folder, "imagereward.tokenizer": folder}
-        options = {f"{name}.model": str(request.getfixturevalue("clip_folder"))}
-        if name == "aesthetic":
-            options["aesthetic.head"] = str(request.getfixturevalue("head_file"))
-        return options
-
-    return options
+    monkeypatch.setitem(imagereward.VISION, "hidden_size", Blip.wide)
+    monkeypatch.setitem(imagereward.VISION, "intermediate_size", 4 * Blip.wide)
+    for size, value in (("image_size", SIZE), ("num_hidden_layers", 2), ("num_attention_heads", 2)):
+        monkeypatch.setitem(imagereward.VISION, size, value)
+    folder = str(imagereward_model[0])
+    more = {"imagereward": {"model": folder, "tokenizer": folder}, "aesthetic": {"head": str(head_file)}}
+    return lambda name: {f"{name}.{k}": v for k, v in ({"model": str(clip_folder)} | more.get(name, {})).items()}
 
 
 # ------------------------------------------------------------------------------------------------ CLIP, ImageReward
@@ -208,14 +209,7 @@ def test_scores_are_one_number_an_image_whatever_the_batch(options_of, images, n
     rough = score(4, **{f"{name}.dtype": "bfloat16"})[name]
     assert rough.dtype == torch.float32
     assert 0 < (rough - scores[name]).abs().max() < 0.15 * scores[name].abs().max()
-    options = {key.partition(".")[2]: value for key, value in options_of(name).items()}
-    assert not REWARDS[name]("cpu", **options)(images.requires_grad_(), PROMPTS).requires_grad
-
-
-def test_the_models_are_frozen(clip_folder, imagereward_model):
-    folder, model = imagereward_model
-    for network in (*imagereward.blip(str(folder), model.weights), clip.Clip("cpu", str(clip_folder)).model):
-        assert not network.training and not any(parameter.requires_grad for parameter in network.parameters())
+    assert not score(4, images.clone().requires_grad_())["total"].requires_grad
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -246,11 +240,7 @@ def test_clip_scores_are_those_of_the_model_itself(clip_folder, head_file, image
     for name in ("clipscore", "hpsv2"):
         assert torch.allclose(scores[name], scaled / model.logit_scale.exp(), atol=1e-5)
         assert scores[name].abs().max() <= 1
-    x = out.image_embeds
-    layers = list(torch.load(head_file).values())
-    for weight, bias in zip(layers[::2], layers[1::2], strict=True):
-        x = x @ weight.T + bias
-    assert torch.allclose(scores["aesthetic"], x[:, 0], atol=1e-4)
+    assert torch.allclose(scores["aesthetic"], through(out.image_embeds, torch.load(head_file)), atol=1e-4)
     divided = make_reward({"pickscore": 1.0}, "cpu", options_of("pickscore") | {"pickscore.divide_by": 26})
     assert torch.allclose(divided(images, PROMPTS)["pickscore"], scaled / 26, atol=1e-5)
 
@@ -274,13 +264,12 @@ def test_imagereward_is_what_its_checkpoint_says(imagereward_model, images, opti
     processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
     pixels = processor(to_pil(images), return_tensors="pt")["pixel_values"]
     prompts = ["red", "a blue square", "two red", " ".join(["a very long"] * 20)]
-    expected = []
-    for i, prompt in enumerate(prompts):
-        words = tokenizer(prompt).input_ids
-        words = words if len(words) <= 35 else [*words[:34], words[-1]]
-        expected.append(model.score(pixels[i : i + 1], words))
+    words = [tokenizer(prompt).input_ids for prompt in prompts]
+    words = [ids if len(ids) <= 35 else [*ids[:34], ids[-1]] for ids in words]
+    states = [model.read(ids, model.see(pixels[i : i + 1])) for i, ids in enumerate(words)]
+    expected = (through(torch.cat(states), head("", model.width)) - 0.16717362830052426) / 1.0333394966054072
     scores = make_reward({"imagereward": 1.0}, "cpu", options_of("imagereward"))(images, prompts)
-    assert torch.allclose(scores["imagereward"], torch.tensor(expected), atol=1e-4)
+    assert torch.allclose(scores["imagereward"], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("height, width", [(32, 32), (24, 40), (97, 61), (256, 512), (30, 31)])
@@ -303,28 +292,23 @@ def test_preprocessing_is_that_of_the_image_processor(height, width, settings):
     assert levels.max() < 0.02  # of 255: PIL's weights are rounded, so that now and then a pixel is one level off
 
 
-def test_a_model_that_lacks_weights_is_refused(clip_folder, tmp_path):
-    folder = shutil.copytree(clip_folder, tmp_path / "clip")
-    weights = safetensors.torch.load_file(folder / "model.safetensors")
-    del weights["text_projection.weight"]
-    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(SystemExit, match="'clipscore' cannot be made: .* text_projection.weight is missing"):
-        make_reward({"clipscore": 1.0}, "cpu", {"clipscore.model": str(folder)})
-
-
 @pytest.mark.parametrize(
     "name, broken, complaint",
     [
         ("aesthetic", "aesthetic.head", "the weights have no layers"),
         ("imagereward", "imagereward.model", "the weights have no blip.visual_encoder"),
-        ("clipscore", "clipscore.model", "cannot be made"),
+        ("clipscore", "clipscore.model", "text_projection.weight is missing"),
     ],
 )
-def test_files_that_hold_something_else_are_named(options_of, tmp_path, name, broken, complaint):
+def test_files_that_hold_something_else_are_named(options_of, clip_folder, tmp_path, name, broken, complaint):
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
     for file in ("aesthetic-model.pth", "ImageReward.pt"):
-        torch.save({"other": torch.zeros(1)}, tmp_path / file)
-    with pytest.raises(SystemExit, match=f"reward '{name}' .*{complaint}"):
-        make_reward({name: 1.0}, "cpu", options_of(name) | {broken: str(tmp_path)})
+        torch.save({"other": torch.zeros(1)}, folder / file)
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    del weights["text_projection.weight"]
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit, match=f"reward '{name}' cannot be made: .*{complaint}"):
+        make_reward({name: 1.0}, "cpu", options_of(name) | {broken: str(folder)})
 
 
 @pytest.mark.parametrize("name", BY_A_MODEL)
@@ -667,17 +651,19 @@ def test_geneval_is_the_same_in_batches_of_any_size_and_every_time(saved, clip_f
     assert torch.equal(torch.cat([judge(images[i : i + 1], prompts[i : i + 1]) for i in range(6)]), together)
 
 
-def test_boxes_are_in_pixels_and_end_at_the_edge(saved):
-    folder = saved(yolos)
+def test_boxes_are_in_pixels_and_end_at_the_edge(saved, clip_folder, monkeypatch):
+    folder, found = saved(yolos), []
     model = transformers.YolosForObjectDetection.from_pretrained(folder)
     last = model.bbox_predictor.layers[-1]
     last.weight.data.zero_()
     last.bias.data = torch.tensor([0.8, 0.5, 0.6, 0.5]).logit()  # centre and size, as shares of the image
     model.save_pretrained(folder)
-    with torch.no_grad():
-        found, larger = geneval._detector(folder, "cpu")([Image.new("RGB", (40, 20)), Image.new("RGB", (80, 40))])
-    assert [box for *_, box in found] == [pytest.approx((20, 5, 40, 15))] * 4
-    assert [box for *_, box in larger] == [pytest.approx((40, 10, 80, 30))] * 4
+    monkeypatch.setattr(geneval, "verdict", lambda wanted, objects, *_: found.extend(*objects.values()) or 1.0)
+    judge = geneval.geneval("cpu", folder, str(clip_folder), threshold=0.0)
+    for side, box in ((20, (20, 5, 40, 15)), (40, (40, 10, 80, 30))):
+        found.clear()
+        judge(torch.zeros(1, 3, side, 2 * side), ["a photo of a dog"])
+        assert found == [pytest.approx(box)] * 4
 
 
 def test_the_colour_is_clips_choice_for_the_crop(clip_folder):
@@ -800,7 +786,7 @@ def judge(monkeypatch):
 def waits(monkeypatch):
     """The seconds that would have been waited."""
     seconds = []
-    monkeypatch.setattr(vlm, "time", SimpleNamespace(sleep=seconds.append))
+    monkeypatch.setattr(urllib3.util.retry, "time", SimpleNamespace(sleep=seconds.append))
     return seconds
 
 
@@ -845,63 +831,54 @@ def test_requests_are_under_way_together_and_no_more_than_said(judge):
 
 
 @pytest.mark.parametrize(
-    "fault",
-    [
-        *[(500, "out of memory"), (503, "loading"), (408, "too slow"), (200, "<html>not JSON</html>"), (200, [1, 2])],
-        *[(200, {"choices": []}), {"message": {"content": None}}, "I cannot say", "11 of 10", "-1", "cut", "drop"],
-    ],
+    "fault", [(500, "out of memory"), (503, "loading"), (408, "too slow"), (429, ""), "cut", "drop", "slow"]
 )
 def test_what_may_pass_is_tried_again(judge, waits, fault):
     judge.faults["grey 2"] = [fault, fault, fault]
-    assert are_right(ask(judge, backoff=0.5))
-    assert times_asked(judge) == dict.fromkeys(GREY_PROMPTS, 1) | {"grey 2": 4}
-    assert waits == [0.5, 1, 2]
-
-
-def test_a_silent_server_is_asked_again(judge, waits):
-    judge.faults["grey 2"] = ["slow"]
-    assert are_right(ask(judge, timeout=0.5)) and times_asked(judge)["grey 2"] > 1
+    assert are_right(ask(judge, backoff=0.5, timeout=0.5))
+    assert times_asked(judge)["grey 2"] == 4 and waits[-2:] == [1, 2]  # after the first, at once
 
 
 def test_retry_after_is_honoured(judge, waits):
-    judge.faults["grey 2"] = [(429, "", ("Retry_After", "7")), (429, "", ("Retry_After", "1")), (429, "")]
-    ask(judge, backoff=1.0)
-    assert waits == [7, 2, 4]  # the longer of the server's wish and the back-off
+    judge.faults["grey 2"] = [(429, "", ("Retry_After", "7")), (503, "", ("Retry_After", "1")), (429, "")]
+    ask(judge)
+    assert waits == [7, 1, 4]
 
 
-def test_what_does_not_pass_ends_the_run_with_one_line(judge, waits):
-    judge.faults["grey 2"] = [(500, "first"), *[(500, "out\nof memory")] * 3]
-    options = {"vlm.url": judge.url, "vlm.question": "{prompt}", "vlm.retries": 3}
-    with pytest.raises(RewardError) as error:
-        make_reward({"vlm": 1.0}, "cpu", options)(GREYS, GREY_PROMPTS)
-    assert str(error.value) == (
-        "error: reward 'vlm' failed: ConnectionError: image 2 (grey 2): "
-        f"{judge.url}/chat/completions failed 4 times, at last: HTTP 500 out of memory"
-    )
-
-
-def test_a_refusal_is_not_tried_again(judge, waits):
-    judge.faults["grey 2"] = [(400, "this model takes no images")]
-    with pytest.raises(ConnectionError, match="failed once: HTTP 400 this model takes no images"):
-        ask(judge)
-    assert times_asked(judge)["grey 2"] == 1 and waits == []
+YES = {"score": "yes"}
 
 
 @pytest.mark.parametrize(
-    "fault, reason",
+    "fault, reason, options",
     [
-        ("I cannot say", "the first number is none from 0 to 10 in 'I cannot say'"),
-        ((200, "<html>"), "JSONDecodeError: Expecting value"),
-        ((200, {"error": "what?"}), 'a reply of another form: {"error": "what\\?"}'),
-        ("cut", "IncompleteRead"),
-        ("drop", "RemoteDisconnected"),
+        ((500, "out\nof memory"), "HTTPError: 500 out of memory", {}),
+        ("drop", "MaxRetryError: .*Remote end closed", {}),
+        ("cut", "MaxRetryError: .*IncompleteRead", {}),
+        # what would be the same again
+        ((400, "this model takes no images"), "HTTPError: 400 this model takes no images", {}),
+        ((200, "<html>"), "JSONDecodeError: Expecting value.* <html>", {}),
+        ((200, [1, 2]), r"TypeError: .* \[1, 2\]", {}),
+        ((200, {"error": "what?"}), "KeyError: 'choices' .*what", {}),
+        ((200, {"choices": []}), "IndexError: ", {}),
+        ({"message": {"content": None}}, "TypeError: ", {}),
+        ("I cannot say", "ValueError: the first number is none from 0 to 10 .*I cannot say", {}),
+        ("11 of 10", "ValueError: the first number is none from 0 to 10 .*11 of 10", {}),
+        ("-1", "ValueError: the first number is none from 0 to 10", {}),
+        ("Yes", "KeyError: 'logprobs'", YES),  # a server that sends no chances
+        ("neither", "ValueError: neither Yes nor No among the likely first words", YES),
     ],
 )
-def test_the_last_failure_is_told(judge, waits, fault, reason):
-    judge.faults["grey 2"] = [fault, fault]
-    with pytest.raises(ConnectionError, match=f"2 times, at last: .*{reason}"):
-        ask(judge, retries=1)
-    assert waits == [1]  # none after the last
+def test_what_does_not_pass_ends_the_run_with_one_line(judge, waits, fault, reason, options):
+    fault = likely(Well=0.9) if fault == "neither" else fault
+    judge.faults |= {prompt: [likely(Yes=1.0)] for prompt in GREY_PROMPTS if options}
+    judge.faults["grey 2"] = [fault] * 3
+    options = options | {"url": judge.url, "question": "{prompt}", "retries": 2}
+    reward = make_reward({"vlm": 1.0}, "cpu", {f"vlm.{key}": value for key, value in options.items()})
+    told = f"error: reward 'vlm' failed: ValueError: {judge.url}/chat/completions: "
+    with pytest.raises(RewardError, match=rf"^{told}{reason}[^\n]*; asked about image 2 \(grey 2\)$"):
+        reward(GREYS, GREY_PROMPTS)
+    again = "500" in reason or "MaxRetry" in reason
+    assert times_asked(judge)["grey 2"] == (3 if again else 1) and waits == ([2] if again else [])
 
 
 @pytest.mark.parametrize(
@@ -919,16 +896,14 @@ def likely(**chances):
     return {"message": {"content": "Yes"}, "logprobs": {"content": [{"token": "Yes", "top_logprobs": top}]}}
 
 
-def test_the_chance_of_yes(judge, waits):
+def test_the_chance_of_yes(judge):
     judge.faults |= {
         "grey 0": [likely(Yes=0.6, No=0.2, Maybe=0.2)],
         "grey 1": [likely(Yes=0.3, _yes=0.1, no=0.3, NO=0.3)],
         "grey 2": [likely(No=0.9)],
-        "grey 3": [likely(Well=0.9), likely(Yes=0.9)],  # neither: asked again
-        "grey 4": ["Yes", likely(Yes=0.5, No=0.5)],  # a server that sends no chances
+        "grey 3": [likely(Yes=0.9)],
     }
-    scores = ask(judge, GREYS[:5], GREY_PROMPTS[:5], score="yes")
-    assert scores.tolist() == pytest.approx([0.75, 0.4, 0, 1, 0.5]) and len(waits) == 2
+    assert ask(judge, GREYS[:4], GREY_PROMPTS[:4], score="yes").tolist() == pytest.approx([0.75, 0.4, 0, 1])
     body = judge.bodies[0]
     assert (body["logprobs"], body["top_logprobs"], body["max_tokens"]) == (True, 20, 1)
 
@@ -952,11 +927,11 @@ def test_the_key_comes_from_the_environment(judge, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "options, complaint",
     [
-        (dict(url="http://127.0.0.1:9/v1"), "vlm.url: http://127.0.0.1:9/v1/models failed once: .*; start a server"),
-        (dict(url="nonsense"), "vlm.url: nonsense/models failed once: .*Invalid URL.*; start a server"),
+        (dict(url="http://127.0.0.1:9/v1"), "http://127.0.0.1:9/v1/models: .*; start a server .*, or say in vlm.url"),
+        (dict(url="http://no such host"), "http://no such host/models: .*; start a server"),
+        (dict(url="ftp://nowhere"), "ftp://nowhere/models: .*; start a server"),
         (dict(model="other"), "vlm.model = 'other': the server at .* has judge"),
         (dict(low=5, high=5), "vlm: low = 5, high = 5"),
-        (dict(retries=-1), "retries = -1"),
         (dict(api_key_env="NO_SUCH_KEY"), "there is no environment variable NO_SUCH_KEY"),
     ],
 )
@@ -973,8 +948,8 @@ def test_the_server_and_its_models_are_checked_at_once(judge):
     ask(judge, model="two")
     assert judge.bodies[0]["model"] == "two"
     judge.models_status = 401
-    with pytest.raises(ValueError, match="vlm.url: .* HTTP 401"):
+    with pytest.raises(ValueError, match="/models: HTTPError: 401 .*; start a server"):
         ask(judge, model="two")
     judge.url += "/wrong"
-    with pytest.raises(ValueError, match="vlm.url: .* HTTP 404 no such page"):
+    with pytest.raises(ValueError, match="/models: HTTPError: 404 no such page; start a server"):
         ask(judge)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from harness.fields import Count, Positive
 from harness.judges.weights import Dtype, Model, in_batches, linear_layers, load, part, read
 
 PICKSCORE, HPSV2, VIT_L = "yuvalkirstain/PickScore_v1", "adams-story/HPSv2-hf", "openai/clip-vit-large-patch14"
@@ -19,7 +20,7 @@ PROCESSORS = {PICKSCORE: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", HPSV2: "openai
 
 
 def clipscore(
-    device, model: Model = VIT_L, processor: Optional[Model] = None, dtype: Dtype = "float32", batch_size: int = 16
+    device, model: Model = VIT_L, processor: Optional[Model] = None, dtype: Dtype = "float32", batch_size: Count = 16
 ):
     """The cosine of image and prompt in CLIP, about 0.2 to 0.35, as DiffusionNFT's tables have it (arXiv 2509.16117).
 
@@ -39,7 +40,7 @@ folder. An image that is not square is cropped to its middle, where the authors'
 
 def pickscore(
     device, model: Model = PICKSCORE, processor: Optional[Model] = None, dtype: Dtype = "float32",
-    batch_size: int = 16, divide_by: float = 1.0,
+    batch_size: Count = 16, divide_by: Positive = 1.0,
 ):  # fmt: skip
     """PickScore (arXiv 2305.01569): the model's logit scale times the cosine of image and prompt, about 20 to 24.
 
@@ -52,7 +53,7 @@ def pickscore(
 
 def aesthetic(
     device, head: Model = "trl-lib/ddpo-aesthetic-predictor", model: Model = VIT_L,
-    processor: Optional[Model] = None, dtype: Dtype = "float32", batch_size: int = 16,
+    processor: Optional[Model] = None, dtype: Dtype = "float32", batch_size: Count = 16,
 ):  # fmt: skip
     """LAION's improved aesthetic predictor, about 1 to 10, whatever the prompt: linear layers on CLIP's embedding.
 
@@ -66,24 +67,22 @@ def aesthetic(
 
 
 class Clip:
-    """A frozen CLIP on a device of its own: unit vectors (B, D) of images and of prompts, in float32."""
+    """A CLIP on a device of its own: unit vectors (B, D) of images and of prompts, in float32."""
 
     def __init__(self, device, model, processor=None, dtype="float32"):
         processor = processor or PROCESSORS.get(model, model)
         self.model, loaded = load(CLIPModel, model, dtype=getattr(torch, dtype), output_loading_info=True)
         if loaded["missing_keys"]:  # transformers would go on with random weights
             raise ValueError(f"{model} holds no whole CLIP: {min(loaded['missing_keys'])} is missing")
-        self.model = self.model.to(device).requires_grad_(False)
+        self.model.to(device)
         self.tokenizer = load(CLIPTokenizer, processor)
         self.processor = load(CLIPImageProcessorPil, processor)
         self.device = device
 
-    @torch.no_grad()
     def images(self, images):
         features = self.model.get_image_features(preprocess(images.to(self.device), self.processor)).pooler_output
         return F.normalize(features.float(), dim=1)
 
-    @torch.no_grad()
     def prompts(self, prompts):
         limit = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=limit, return_tensors="pt")

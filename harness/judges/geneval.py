@@ -50,13 +50,24 @@ def geneval(
     a number. GenEval chose the two for its Mask2Former; another detector's scores may ask for others. It also greys the
     background out by that model's masks before the colour is judged; here there are boxes only, judged as they are.
     """
-    detect, colours_of = _detector(detector, device), _colour_classifier(clip, device)
+    model, processor = load(AutoModelForObjectDetection, detector), load(AutoImageProcessor, detector)
+    model.to(device, torch.float32)
+    names = {i: COCO_NAMES.get(label, label) for i, label in model.config.id2label.items()}
+    if missing := [name for name in OBJECTS if name not in names.values()]:
+        raise ValueError(f"geneval.detector {detector} does not know {', '.join(missing)}; take one trained on COCO")
+    colours_of = _colour_classifier(clip, device)
 
     def score(images, prompts, rows=None):
         pictures = [Image.fromarray(image) for image in to_bytes(images)]
-        asked = map(metadata, prompts, rows or [{}] * len(prompts))
+        outputs = model(**processor(images=pictures, return_tensors="pt").to(device))
+        height, width = images.shape[-2:]
+        sizes, edges = [(height, width)] * len(images), torch.tensor([width, height, width, height], device=device)
+        found = processor.post_process_object_detection(outputs, threshold=0, target_sizes=sizes)
         values = []
-        for picture, wanted, detections in zip(pictures, asked, detect(pictures), strict=True):
+        for picture, prompt, row, image in zip(pictures, prompts, rows or [{}] * len(prompts), found, strict=True):
+            wanted = metadata(prompt, row)
+            boxes = image["boxes"].clamp(min=0).minimum(edges).tolist()
+            detections = zip(map(names.get, image["labels"].tolist()), image["scores"].tolist(), boxes, strict=True)
             objects = surest(detections, counting_threshold if "exclude" in wanted else threshold)
             values.append(verdict(wanted, objects, functools.partial(colours_of, picture), strict))
         return torch.tensor(values)
@@ -171,27 +182,6 @@ def relations(a, b):
         return set()
     x, y = beyond / np.linalg.norm(offset)
     return {name for name, way in zip(RELATIONS, (-x, x, -y, y), strict=True) if way > 0.5}
-
-
-def _detector(source, device):
-    """A detector of transformers as a function of pictures -> for each a list of (GenEval's name, score, box)."""
-    model = load(AutoModelForObjectDetection, source).to(device, torch.float32).eval()
-    processor = load(AutoImageProcessor, source)
-    names = {i: COCO_NAMES.get(label, label) for i, label in model.config.id2label.items()}
-    if missing := [name for name in OBJECTS if name not in names.values()]:
-        raise ValueError(f"geneval.detector {source} does not know {', '.join(missing)}; take one trained on COCO")
-
-    def detect(pictures):
-        outputs = model(**processor(images=pictures, return_tensors="pt").to(device))
-        sizes = [(picture.height, picture.width) for picture in pictures]
-        found = processor.post_process_object_detection(outputs, threshold=0, target_sizes=sizes)
-        for image, (height, width) in zip(found, sizes, strict=True):
-            edges = torch.tensor([width, height, width, height], device=image["boxes"].device)
-            boxes = image["boxes"].clamp(min=0).minimum(edges).tolist()
-            labels = [names[label] for label in image["labels"].tolist()]
-            yield list(zip(labels, image["scores"].tolist(), boxes, strict=True))
-
-    return detect
 
 
 def _colour_classifier(source, device):

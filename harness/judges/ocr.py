@@ -5,13 +5,14 @@ import re
 import torch
 import torch.nn.functional as F
 
+from harness.fields import Count
 from harness.judges.weights import to_bytes
 
 # "...", “...”, ‘...’ and '...'; where a quotation mark may be an apostrophe, quotes begin and end at the edge of a word
 _QUOTED = re.compile(r"\"(.+?)\"|“(.+?)”|(?<!\w)‘(.+?)’(?!\w)|(?<!\w)'(.+?)'(?!\w)")
 
 
-def ocr(device, side: int = 128, threads: int = 1):
+def ocr(device, side: Count = 128, threads: Count = 1):
     """How much of the prompt's quoted text the image shows: max(0, 1 - edit distance / length of the text), 0 to 1.
 
     PP-OCRv4 reads the image, on the CPU (pip install rapidocr-onnxruntime, which brings the weights). As in Flow-GRPO

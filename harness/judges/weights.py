@@ -2,6 +2,7 @@
 
 import functools
 import io
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,9 +11,17 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pydantic import AfterValidator
 from transformers.utils import cached_file
 
-Model = Annotated[str, "a local folder or file, or a hub id"]
+
+def _can_be_found(source):
+    if not Path(source).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
+        raise ValueError("no such file or folder, and no hub id either")
+    return source
+
+
+Model = Annotated[str, AfterValidator(_can_be_found)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
