@@ -26,7 +26,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from harness.judges import clip, geneval, imagereward, ocr, vlm
-from harness.judges.weights import encode, to_bytes
+from harness.judges.weights import encode, to_pil
 from shapes import world
 
 
@@ -37,7 +37,7 @@ def shapes(device):
 
 def jpeg_incompressibility(device):
     """Kilobytes of the image as a JPEG of quality 95 (DDPO, arXiv 2305.13301)."""
-    return lambda images, prompts: torch.tensor([len(encode(i, "JPEG", quality=95)) / 1000 for i in to_bytes(images)])
+    return lambda images, prompts: torch.tensor([len(encode(i, "JPEG", quality=95)) / 1000 for i in to_pil(images)])
 
 
 def jpeg_compressibility(device):
@@ -68,7 +68,7 @@ SENDS_IMAGES = {"vlm"}  # rewards that give the images away, to a server
 
 
 def find_reward(name):
-    """The factory of a reward: a name in REWARDS, or `file.py:function` for a user's own function.
+    """The factory of a reward in REWARDS, or of `file.py:function` a user's own function.
 
     Raises ValueError, saying what would do, where there is none. Runs a user's file, once.
     """
@@ -83,9 +83,7 @@ def find_reward(name):
     own = getattr(_load(Path(path).resolve()), function, None)
     if not callable(own):
         raise ValueError(f"reward {name!r}: {path} has no function {function}")
-    factory = lambda device: own  # noqa: E731
-    factory.takes_groups = getattr(own, "takes_groups", False)
-    return factory
+    return own
 
 
 def _nearest(name, known):
@@ -114,7 +112,7 @@ def takes_groups(weights):
 
 def takes_rows(weights):
     """Whether a reward of {"name": weight} reads the objects of the data file. Runs a user's file, once."""
-    return any(name == "geneval" or name not in REWARDS and _takes_rows(find_reward(name)(None)) for name in weights)
+    return any(name == "geneval" or name not in REWARDS and _takes_rows(find_reward(name)) for name in weights)
 
 
 def check_rewards(weights, prompts=(), options=None, rows=None):
@@ -226,9 +224,11 @@ class RewardError(SystemExit, ValueError):
 
 def _made(name, device, options):
     """The function of a reward."""
+    if name not in REWARDS:
+        return find_reward(name)
     own = {key.removeprefix(f"{name}."): value for key, value in options.items() if key.rpartition(".")[0] == name}
     try:
-        return find_reward(name)(**{"device": device, **own})
+        return REWARDS[name](**{"device": device, **own})
     except (OSError, ValueError, KeyError, RuntimeError) as error:  # files that are missing or hold something else
         raise RewardError(name, f"cannot be made: {_line(error)}") from error
 

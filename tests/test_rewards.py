@@ -94,7 +94,7 @@ def test_without_rows_there_are_the_prompts_and_frames_of_a_video_have_those_of_
     reward = make_reward({name: 1.0}, "cpu")
     reward(IMAGES[:2], ["a", "b"])
     reward(IMAGES[:, None].expand(-1, 2, -1, -1, -1)[:2], ["a", "b"], [{"c": 1}, {"d": 2}])
-    seen = rewards.find_reward(name)("cpu").__globals__["seen"]
+    seen = rewards.find_reward(name).__globals__["seen"]
     assert seen == [[{"prompt": "a"}, {"prompt": "b"}], [{"c": 1}, {"c": 1}, {"d": 2}, {"d": 2}]]
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from harness.fields import Count, Positive
-from harness.judges.weights import Dtype, Model, in_batches, linear_layers, load, part, read
+from harness.judges.weights import Dtype, Model, in_batches, linear_layers, load, part, read, to_pil
 
 PICKSCORE, HPSV2, VIT_L = "yuvalkirstain/PickScore_v1", "adams-story/HPSv2-hf", "openai/clip-vit-large-patch14"
 # of models that come without their own
@@ -62,8 +62,7 @@ def aesthetic(
     """
     clip = Clip(device, model, processor, dtype)
     predict = linear_layers(part(read(head, "aesthetic-model.pth"), "layers."), device)
-    embed = in_batches(clip.images, batch_size)
-    return lambda images, prompts: predict(embed(images))
+    return in_batches(lambda images, prompts: predict(clip.images(to_pil(images))), batch_size)
 
 
 class Clip:
@@ -76,37 +75,20 @@ class Clip:
             raise ValueError(f"{model} holds no whole CLIP: {min(loaded['missing_keys'])} is missing")
         self.model.to(device)
         self.tokenizer = load(CLIPTokenizer, processor)
+        if len(self.tokenizer) < self.model.config.text_config.vocab_size:  # nor without a vocabulary
+            raise ValueError(f"{processor} holds no whole tokenizer: it knows {len(self.tokenizer)} tokens")
         self.processor = load(CLIPImageProcessorPil, processor)
         self.device = device
 
-    def images(self, images):
-        features = self.model.get_image_features(preprocess(images.to(self.device), self.processor)).pooler_output
-        return F.normalize(features.float(), dim=1)
+    def images(self, pictures):
+        pixels = self.processor(images=pictures, return_tensors="pt").to(self.device)
+        return F.normalize(self.model.get_image_features(**pixels).pooler_output.float(), dim=1)
 
     def prompts(self, prompts):
         limit = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        features = self.model.get_text_features(**tokens.to(self.device)).pooler_output
-        return F.normalize(features.float(), dim=1)
+        return F.normalize(self.model.get_text_features(**tokens.to(self.device)).pooler_output.float(), dim=1)
 
     def cosine(self, images, prompts):
         """(B,): each image with its own prompt."""
-        return (self.images(images) * self.prompts(prompts)).sum(dim=1)
-
-
-def preprocess(images, processor):
-    """What an image processor of CLIP does to PIL images, done to (B, 3, H, W) in [0, 1] where they are."""
-    sides = images.shape[-2:]
-    if edge := processor.size["shortest_edge"]:
-        height, width = (int(edge * side / min(sides)) for side in sides)
-    else:
-        height, width = processor.size["height"], processor.size["width"]
-    images = (images.float() * 255).round()
-    for size in ((sides[0], width), (height, width)):  # like PIL one axis after the other, with 8 bits after each
-        images = F.interpolate(images, size, mode="bicubic", antialias=True).round().clamp(0, 255)
-    if processor.do_center_crop:
-        rows, columns = processor.crop_size["height"], processor.crop_size["width"]
-        top, left = (height - rows) // 2, (width - columns) // 2
-        images = images[..., top : top + rows, left : left + columns]
-    mean, std = (images.new_tensor(values).reshape(3, 1, 1) for values in (processor.image_mean, processor.image_std))
-    return (images / 255 - mean) / std
+        return (self.images(to_pil(images)) * self.prompts(prompts)).sum(dim=1)

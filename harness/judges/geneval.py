@@ -7,11 +7,10 @@ import re
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from harness.judges.clip import VIT_L, Clip
-from harness.judges.weights import Model, load, to_bytes
+from harness.judges.weights import Model, load, to_pil
 
 OBJECTS = (  # the 80 classes of COCO as GenEval names them
     *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light"),
@@ -58,7 +57,7 @@ def geneval(
     colours_of = _colour_classifier(clip, device)
 
     def score(images, prompts, rows=None):
-        pictures = [Image.fromarray(image) for image in to_bytes(images)]
+        pictures = to_pil(images)
         outputs = model(**processor(images=pictures, return_tensors="pt").to(device))
         height, width = images.shape[-2:]
         sizes, edges = [(height, width)] * len(images), torch.tensor([width, height, width, height], device=device)
@@ -198,8 +197,6 @@ def _colour_classifier(source, device):
     def colours_of(picture, name, boxes):
         # whole pixels, outwards: no crop is empty
         crops = [picture.crop((math.floor(x), math.floor(y), math.ceil(r), math.ceil(b))) for x, y, r, b in boxes]
-        pixels = clip.processor(images=crops, return_tensors="pt").to(device)
-        features = clip.model.get_image_features(**pixels).pooler_output
-        return [COLOURS[i] for i in (features @ directions(name)).argmax(-1).tolist()]
+        return [COLOURS[i] for i in (clip.images(crops) @ directions(name)).argmax(-1).tolist()] if crops else []
 
     return colours_of

@@ -7,8 +7,7 @@ import transformers
 from transformers.utils import cached_file
 
 from harness.fields import Count
-from harness.judges.clip import preprocess
-from harness.judges.weights import Dtype, Model, in_batches, linear_layers, load, part, read
+from harness.judges.weights import Dtype, Model, in_batches, linear_layers, load, part, read, to_pil
 
 VISION = dict(  # ViT-L/16, as ImageReward has it
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224,
@@ -51,12 +50,10 @@ def imagereward(
     side = VISION["image_size"]
     processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=side)
 
-    def states(images, prompts):
-        """(B, D): what the text encoder makes of the prompt's first token, [CLS], beside the image."""
-        patches = vision(preprocess(images.to(device), processor)).last_hidden_state
+    def score(images, prompts):
+        patches = vision(**processor(images=to_pil(images), return_tensors="pt").to(device)).last_hidden_state
         words = tokenizer(prompts, padding=True, truncation=True, max_length=35, return_tensors="pt").to(device)
-        read = text(words.input_ids, words.attention_mask, encoder_hidden_states=patches)
-        return read.last_hidden_state[:, 0].float()
+        states = text(words.input_ids, words.attention_mask, encoder_hidden_states=patches).last_hidden_state
+        return (predict(states[:, 0].float()) - 0.16717362830052426) / 1.0333394966054072
 
-    states = in_batches(states, batch_size)
-    return lambda images, prompts: (predict(states(images, prompts)) - 0.16717362830052426) / 1.0333394966054072
+    return in_batches(score, batch_size)

@@ -2,11 +2,12 @@
 
 import re
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from harness.fields import Count
-from harness.judges.weights import to_bytes
+from harness.judges.weights import to_pil
 
 # "...", “...”, ‘...’ and '...'; where a quotation mark may be an apostrophe, quotes begin and end at the edge of a word
 _QUOTED = re.compile(r"\"(.+?)\"|“(.+?)”|(?<!\w)‘(.+?)’(?!\w)|(?<!\w)'(.+?)'(?!\w)")
@@ -32,7 +33,7 @@ def ocr(device, side: Count = 128, threads: Count = 1):
         size = round(height * zoom), round(width * zoom)
         larger = F.interpolate(images.float(), size, mode="bicubic") if zoom > 1 else images
         # BGR, and no search for text that is upside down
-        found = [engine(image[..., ::-1], use_cls=False)[0] for image in to_bytes(larger)]
+        found = [engine(np.asarray(image)[..., ::-1], use_cls=False)[0] for image in to_pil(larger)]
         readings = ["".join(text for _, text, _ in lines or []) for lines in found]
         return torch.tensor([text_score(quoted_text(p), reading) for p, reading in zip(prompts, readings, strict=True)])
 

@@ -14,7 +14,7 @@ import urllib3
 from pydantic import Field
 
 from harness.fields import Count, NotNegative, Positive
-from harness.judges.weights import encode, to_bytes
+from harness.judges.weights import encode, to_pil
 
 QUESTIONS = {
     "number": "How well does the image show what this prompt asks for? Prompt: {prompt}\n"
@@ -83,7 +83,7 @@ def vlm(
         body = {"model": model or served[0], "temperature": 0, "messages": messages, **answer}
         return ask("POST", "chat/completions", read, f"asked about image {i} ({prompt})", json=body)
 
-    return lambda images, prompts: torch.tensor(list(pool.map(judge, itertools.count(), to_bytes(images), prompts)))
+    return lambda images, prompts: torch.tensor(list(pool.map(judge, itertools.count(), to_pil(images), prompts)))
 
 
 def _number(reply, low, high):

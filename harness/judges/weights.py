@@ -1,4 +1,4 @@
-"""What the judges share: where weights come from, how they are read, and images as bytes."""
+"""What the judges share: where weights come from, how they are read, and images as files."""
 
 import functools
 import io
@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -25,24 +24,25 @@ Model = Annotated[str, AfterValidator(_can_be_found)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-def to_bytes(images) -> np.ndarray:
-    """(B, 3, H, W) in [0, 1] as (B, H, W, 3) bytes."""
-    return (images.permute(0, 2, 3, 1) * 255).round().clamp(0, 255).byte().cpu().numpy()
+def to_pil(images) -> list[Image.Image]:
+    """(B, 3, H, W) in [0, 1] as PIL images, of 8 bits."""
+    pixels = (images.permute(0, 2, 3, 1) * 255).round().clamp(0, 255).byte().cpu().numpy()
+    return [Image.fromarray(image) for image in pixels]
 
 
-def encode(image: np.ndarray, kind, **settings) -> bytes:
-    """The contents of an image file. image: (H, W, 3) bytes; kind: PNG, JPEG, ..."""
+def encode(image: Image.Image, kind, **settings) -> bytes:
+    """The contents of an image file of a kind: PNG, JPEG, ..."""
     file = io.BytesIO()
-    Image.fromarray(image).save(file, kind, **settings)
+    image.save(file, kind, **settings)
     return file.getvalue()
 
 
 def in_batches(score, size):
-    """score(images, prompts, ...) -> (B,), called for at most `size` images at once."""
+    """score(images, prompts) -> (B,), called for at most `size` images at once."""
 
-    def scores(*given):
-        starts = range(0, len(given[0]), size)
-        return torch.cat([score(*(each[start : start + size] for each in given)) for start in starts])
+    def scores(images, prompts):
+        starts = range(0, len(images), size)
+        return torch.cat([score(images[i : i + size], prompts[i : i + size]) for i in starts])
 
     return scores
 
