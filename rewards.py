@@ -186,9 +186,8 @@ def make_reward(weights, device, options=None):
 
     weights: {"name": weight}, at least one. options: {"name.option": value}, among them the `device` of any reward.
     Returns fn(images, prompts, rows=None) -> {"name": (B,), ..., "total": (B,)}, float32 on the images' device; where
-    `fn.takes_groups`, the images of a call are one group. Raises ValueError for an unknown name or option and
-    RewardError for a model that does not load; fn raises RewardError, naming the reward, where one returns anything but
-    B finite numbers.
+    `fn.takes_groups`, the images of a call are one group. Raises ValueError for an unknown name or option; RewardError
+    for a model that does not load and, in fn, for a reward that returns anything but B finite numbers.
     """
     return make_rewards(weights, {}, device, options)[0]
 
@@ -252,9 +251,8 @@ def _scores(name, function, images, prompts, rows):
         raise RewardError(name, f"failed: {_line(error)}") from error
     if values.shape != (len(images),):
         raise RewardError(name, f"returned shape {tuple(values.shape)} for {len(images)} images")
-    if not values.isfinite().all():
-        bad = int((~values.isfinite()).nonzero()[0])
-        raise RewardError(name, f"returned {values[bad].item()} for image {bad}")
+    for bad in (~values.isfinite()).nonzero():
+        raise RewardError(name, f"returned {values[bad].item()} for image {bad.item()}")
     return values.reshape(-1, frames).mean(dim=1)
 
 

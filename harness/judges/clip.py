@@ -5,7 +5,6 @@ model's own by default; `dtype` of the weights; `batch_size`, images in one forw
 """
 
 import functools
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ PROCESSORS = {PICKSCORE: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", HPSV2: "openai
 
 
 def clipscore(
-    device, model: Model = VIT_L, processor: Optional[Model] = None, dtype: Dtype = "float32", batch_size: Count = 16
+    device, model: Model = VIT_L, processor: Model | None = None, dtype: Dtype = "float32", batch_size: Count = 16
 ):
     """The cosine of image and prompt in CLIP, about 0.2 to 0.35, as DiffusionNFT's tables have it (arXiv 2509.16117).
 
@@ -39,7 +38,7 @@ folder. An image that is not square is cropped to its middle, where the authors'
 
 
 def pickscore(
-    device, model: Model = PICKSCORE, processor: Optional[Model] = None, dtype: Dtype = "float32",
+    device, model: Model = PICKSCORE, processor: Model | None = None, dtype: Dtype = "float32",
     batch_size: Count = 16, divide_by: Positive = 1.0,
 ):  # fmt: skip
     """PickScore (arXiv 2305.01569): the model's logit scale times the cosine of image and prompt, about 20 to 24.
@@ -53,7 +52,7 @@ def pickscore(
 
 def aesthetic(
     device, head: Model = "trl-lib/ddpo-aesthetic-predictor", model: Model = VIT_L,
-    processor: Optional[Model] = None, dtype: Dtype = "float32", batch_size: Count = 16,
+    processor: Model | None = None, dtype: Dtype = "float32", batch_size: Count = 16,
 ):  # fmt: skip
     """LAION's improved aesthetic predictor, about 1 to 10, whatever the prompt: linear layers on CLIP's embedding.
 

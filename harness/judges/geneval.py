@@ -59,14 +59,15 @@ def geneval(
     def score(images, prompts, rows=None):
         pictures = to_pil(images)
         outputs = model(**processor(images=pictures, return_tensors="pt").to(device))
-        height, width = images.shape[-2:]
-        sizes, edges = [(height, width)] * len(images), torch.tensor([width, height, width, height], device=device)
-        found = processor.post_process_object_detection(outputs, threshold=0, target_sizes=sizes)
+        size = images.shape[-2:]
+        edges = torch.tensor([*size[::-1], *size[::-1]], device=device)
+        found = processor.post_process_object_detection(outputs, threshold=0, target_sizes=[size] * len(images))
         values = []
         for picture, prompt, row, image in zip(pictures, prompts, rows or [{}] * len(prompts), found, strict=True):
             wanted = metadata(prompt, row)
+            labels = [names[label] for label in image["labels"].tolist()]
             boxes = image["boxes"].clamp(min=0).minimum(edges).tolist()
-            detections = zip(map(names.get, image["labels"].tolist()), image["scores"].tolist(), boxes, strict=True)
+            detections = zip(labels, image["scores"].tolist(), boxes, strict=True)
             objects = surest(detections, counting_threshold if "exclude" in wanted else threshold)
             values.append(verdict(wanted, objects, functools.partial(colours_of, picture), strict))
         return torch.tensor(values)
