@@ -48,6 +48,14 @@ def to_pil(images):
 # ------------------------------------------------------------------------------------------------ small models
 
 
+def spread(model):
+    """Weights large enough for the outputs to depend on the inputs."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+
+
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory):
     """A CLIP that reads letters, with its tokenizer and image processor."""
@@ -62,10 +70,7 @@ def clip_folder(tmp_path_factory):
     model = CLIPModel(
         transformers.CLIPConfig(text_config=text | shared, vision_config=vision | shared, projection_dim=8)
     )
-    torch.manual_seed(0)
-    for parameter in model.parameters():  # large enough for the outputs to depend on the inputs
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
+    spread(model)
     model.save_pretrained(folder)
     return folder
 
@@ -96,89 +101,61 @@ def head_file(tmp_path_factory):
     return path
 
 
-class Blip:
-    """ImageReward written out by the names of its checkpoint, in salesforce/BLIP's layout; draws weights as it goes."""
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "square", "two", "very", "long", "of"]
+MED = dict(vocab_size=len(WORDS), hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+MED |= dict(max_position_embeddings=40, layer_norm_eps=1e-12, pad_token_id=0, model_type="bert", encoder_width=768)
 
-    wide, width = 128, 32  # of the vision encoder, with 2 heads, and of the text encoder, with 4
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "square", "two", "very", "long", "of"]
+
+class Blip(torch.nn.Module):
+    """ImageReward's BLIP by torch's own transformer and BERT; parts are named as in its checkpoint but for RENAMED."""
+
+    RENAMED = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj": "attn.proj", "linear": "mlp.fc"}
 
     def __init__(self):
-        self.weights = {}
+        super().__init__()
+        self.visual_encoder = eye = torch.nn.Module()
+        eye.cls_token, eye.pos_embed = (torch.nn.Parameter(torch.empty(1, n, 64)) for n in (1, 1 + (SIZE // 16) ** 2))
+        eye.patch_embed = torch.nn.ModuleDict({"proj": torch.nn.Conv2d(3, 64, 16, 16)})
+        how = dict(dropout=0, activation="gelu", layer_norm_eps=1e-6, batch_first=True, norm_first=True)
+        eye.blocks = torch.nn.ModuleList(torch.nn.TransformerEncoderLayer(64, 2, 256, **how) for _ in range(2))
+        eye.norm = torch.nn.LayerNorm(64, 1e-6)
+        bert = transformers.BertConfig(**MED, is_decoder=True, add_cross_attention=True)
+        self.text_encoder = transformers.BertModel(bert, add_pooling_layer=False).eval()
 
-    def draw(self, name, *shape, scale=1.0):
-        if f"blip.{name}" not in self.weights:
-            self.weights[f"blip.{name}"] = scale * torch.randn(shape)
-        return self.weights[f"blip.{name}"]
-
-    def linear(self, x, name, size):
-        return F.linear(x, self.draw(f"{name}.weight", size, x.shape[-1], scale=0.3), self.draw(f"{name}.bias", size))
-
-    def norm(self, x, name, eps):
-        size = x.shape[-1:]
-        return F.layer_norm(x, size, self.draw(f"{name}.weight", *size), self.draw(f"{name}.bias", *size), eps)
-
-    def attend(self, q, k, v, heads):
-        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-    def see(self, pixels):
-        """(1, 3, SIZE, SIZE) -> (1, patches + 1, wide)."""
-        eye, wide = "visual_encoder", self.wide
-        kernel = self.draw(f"{eye}.patch_embed.proj.weight", wide, 3, 16, 16, scale=1 / 16)
-        x = F.conv2d(pixels, kernel, self.draw(f"{eye}.patch_embed.proj.bias", wide), stride=16).flatten(2).mT
-        x = torch.cat([self.draw(f"{eye}.cls_token", 1, 1, wide), x], dim=1)
-        x = x + self.draw(f"{eye}.pos_embed", 1, x.shape[1], wide)
-        for block in (f"{eye}.blocks.0", f"{eye}.blocks.1"):
-            q, k, v = self.linear(self.norm(x, f"{block}.norm1", 1e-6), f"{block}.attn.qkv", 3 * wide).chunk(3, dim=-1)
-            x = x + self.linear(self.attend(q, k, v, 2), f"{block}.attn.proj", wide)
-            hidden = F.gelu(self.linear(self.norm(x, f"{block}.norm2", 1e-6), f"{block}.mlp.fc1", 4 * wide))
-            x = x + self.linear(hidden, f"{block}.mlp.fc2", wide)
-        return self.norm(x, f"{eye}.norm", 1e-6)
-
-    def read(self, words, seen):
-        """Token ids beside what was seen: (1, width) of the first token, [CLS]."""
-        width, embeddings = self.width, "text_encoder.embeddings"
-        x = self.draw(f"{embeddings}.word_embeddings.weight", len(self.words), width)[words]
-        x = x + self.draw(f"{embeddings}.position_embeddings.weight", 40, width)[: len(words)]
-        x = self.norm(x[None], f"{embeddings}.LayerNorm", 1e-12)
-        for layer in ("text_encoder.encoder.layer.0", "text_encoder.encoder.layer.1"):
-            for name, beside in ((f"{layer}.attention", False), (f"{layer}.crossattention", True)):
-                q = self.linear(x, f"{name}.self.query", width)
-                k, v = (self.linear(seen if beside else x, f"{name}.self.{n}", width) for n in ("key", "value"))
-                attended = self.linear(self.attend(q, k, v, 4), f"{name}.output.dense", width)
-                x = self.norm(x + attended, f"{name}.output.LayerNorm", 1e-12)
-            hidden = F.gelu(self.linear(x, f"{layer}.intermediate.dense", 48))
-            x = self.norm(x + self.linear(hidden, f"{layer}.output.dense", width), f"{layer}.output.LayerNorm", 1e-12)
-        return x[:, 0]
+    def forward(self, pixels, words):
+        """(1, 64) of the prompt's first token, [CLS]. pixels: (1, 3, SIZE, SIZE); words: token ids."""
+        eye = self.visual_encoder
+        x = torch.cat([eye.cls_token, eye.patch_embed.proj(pixels).flatten(2).mT], dim=1) + eye.pos_embed
+        for block in eye.blocks:
+            x = block(x)
+        both_ways = torch.zeros(1, 1, len(words), len(words))  # where a decoder would look back only
+        read = self.text_encoder(torch.tensor([words]), both_ways, encoder_hidden_states=eye.norm(x), use_cache=False)
+        return read.last_hidden_state[:, 0]
 
 
 @pytest.fixture(scope="session")
 def imagereward_model(tmp_path_factory):
     """(folder, Blip): its weights in the layout of THUDM/ImageReward, and a BERT tokenizer."""
     folder, model = tmp_path_factory.mktemp("imagereward"), Blip()
-    transformers.BertTokenizer(vocab={word: i for i, word in enumerate(model.words)}).save_pretrained(folder)
-    med = dict(
-        vocab_size=len(model.words), hidden_size=model.width, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=40, hidden_act="gelu", layer_norm_eps=1e-12,
-        hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, pad_token_id=0, model_type="bert",
-        architectures=["BertModel"], add_cross_attention=True, encoder_width=768,
-    )  # fmt: skip
-    (folder / "med_config.json").write_text(json.dumps(med))
-    torch.manual_seed(2)
-    model.read([0], model.see(torch.zeros(1, 3, SIZE, SIZE)))
+    transformers.BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}).save_pretrained(folder)
+    dropout = dict(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    (folder / "med_config.json").write_text(json.dumps(MED | dropout))
+    spread(model)
+    weights = {f"blip.{name}": value for name, value in model.state_dict().items()}
+    weights.pop("blip.text_encoder.embeddings.token_type_embeddings.weight").zero_()  # which BLIP does not have
+    for ours, theirs in model.RENAMED.items():
+        weights = {name.replace(ours, theirs): value for name, value in weights.items()}
     buffer = {"blip.text_encoder.embeddings.position_ids": torch.zeros(1, 40)}
-    unused = {"blip.vision_proj.weight": torch.zeros(8, model.wide)}
-    torch.save(model.weights | buffer | unused | head("mlp.layers.", model.width), folder / "ImageReward.pt")
+    unused = {"blip.vision_proj.weight": torch.zeros(8, 64)}
+    torch.save(weights | buffer | unused | head("mlp.layers.", 64), folder / "ImageReward.pt")
     return folder, model
 
 
 @pytest.fixture
 def options_of(clip_folder, head_file, imagereward_model, monkeypatch):
     """options_of(name): the command line's options for a reward by a small model."""
-    monkeypatch.setitem(imagereward.VISION, "hidden_size", Blip.wide)
-    monkeypatch.setitem(imagereward.VISION, "intermediate_size", 4 * Blip.wide)
-    for size, value in (("image_size", SIZE), ("num_hidden_layers", 2), ("num_attention_heads", 2)):
-        monkeypatch.setitem(imagereward.VISION, size, value)
+    sizes = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, image_size=SIZE)
+    monkeypatch.setattr(imagereward, "VISION", imagereward.VISION | sizes)
     folder = str(imagereward_model[0])
     more = {"imagereward": {"model": folder, "tokenizer": folder}, "aesthetic": {"head": str(head_file)}}
     return lambda name: {f"{name}.{k}": v for k, v in ({"model": str(clip_folder)} | more.get(name, {})).items()}
@@ -261,8 +238,8 @@ def test_imagereward_is_what_its_checkpoint_says(imagereward_model, images, opti
     for picture, prompt in zip(to_pil(images), prompts, strict=True):
         words = tokenizer(prompt).input_ids
         words = words if len(words) <= 35 else [*words[:34], words[-1]]
-        states.append(model.read(words, model.see(processor(picture, return_tensors="pt")["pixel_values"])))
-    expected = (through(torch.cat(states), head("", model.width)) - 0.16717362830052426) / 1.0333394966054072
+        states.append(model(processor(picture, return_tensors="pt")["pixel_values"], words))
+    expected = (through(torch.cat(states), head("", 64)) - 0.16717362830052426) / 1.0333394966054072
     scores = make_reward({"imagereward": 1.0}, "cpu", options_of("imagereward"))(images, prompts)
     assert torch.allclose(scores["imagereward"], expected, atol=1e-4)
 
@@ -322,7 +299,7 @@ def test_a_run_with_a_model_and_a_users_reward(run, clip_folder, tmp_path):
 
 # ------------------------------------------------------------------------------------------------ ocr
 
-WORDS = ["HELLO", "stop", "Flow", "Open 24"]
+READ = ["HELLO", "stop", "Flow", "Open 24"]
 
 
 @pytest.fixture(scope="module")
@@ -342,8 +319,8 @@ def written(text, side):
 
 @pytest.mark.parametrize("side", [48, 64, 128, 256])
 def test_clean_words_are_read(read, side):
-    images = torch.cat([written(word, side) for word in WORDS])
-    right = read(images, [f"a sign that says '{word}'" for word in WORDS])
+    images = torch.cat([written(word, side) for word in READ])
+    right = read(images, [f"a sign that says '{word}'" for word in READ])
     assert right.shape == (4,) and right.tolist() == [1, 1, 1, 1]
     assert (read(images, ['a sign that says "zigzag"'] * 4) <= 0.2).all()  # another word: what letters they share
     assert read(images[1:2], ["a sign that says 'stops'"]).item() == pytest.approx(0.8)  # one letter of five is missing
