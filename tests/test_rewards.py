@@ -17,7 +17,6 @@ from rewards import RewardError, check_rewards, check_untrusted, make_reward, ma
 IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 MEANS = IMAGES.mean(dim=(1, 2, 3))
 PROMPTS = ["red", "a blue square", "two", "a very long prompt of many letters"]
-SCRIPTS = pytest.mark.parametrize("script", [grpo, grpo_guard, nft], ids=lambda script: script.__name__)
 
 
 @pytest.fixture
@@ -76,26 +75,19 @@ def test_a_reward_file_is_loaded_once(own, capsys):
 
 
 def test_rows_go_to_the_functions_that_take_them(own, monkeypatch):
-    size = "def f(images, prompts, {}):\n    return [len(row) for row in rows]\n"
+    size = "def f(images, prompts, {}):\n    return [len(str(row)) for row in rows]\n"
     names = [own(size.format(kind), f"{i}.py") for i, kind in enumerate(("rows", "rows=None", "scale=1, *, rows"))]
-    names.append(own("def f(images, prompts, scale=7):\n    return [scale] * 4\n"))
-    unknown = "class F:\n    __signature__ = 0\n    def __call__(self, i, p):\n        return [8] * 4\nf = F()\n"
+    names.append(own("def f(images, prompts, scale=7):\n    return [scale] * len(images)\n"))
+    unknown = "class F:\n    __signature__ = 0\n    def __call__(self, i, p):\n        return [8] * len(i)\nf = F()\n"
     names.append(own(unknown, "a.py"))
-    monkeypatch.setitem(rewards.REWARDS, "own", lambda device: lambda i, p, rows: [len(row) for row in rows])
+    monkeypatch.setitem(rewards.REWARDS, "own", lambda device: lambda i, p, rows: [len(str(row)) for row in rows])
     reward = make_reward(dict.fromkeys([*names, "own"], 1.0), "cpu")
-    rows = [{}, {"a": 1}, {"a": 1, "b": 2}, {"a": 1, "b": 2, "c": 3}]
-    for given, sizes in ((rows, [0, 1, 2, 3]), (None, [1] * 4)):
-        values = [value.tolist() for value in reward(IMAGES, PROMPTS, given).values()]
+    rows, prompts = [{}, {"a": 1}, {"a": 1, "b": 2}, {"a": 1, "b": 2, "c": 3}], [{"prompt": p} for p in PROMPTS]
+    videos = IMAGES[:, None].expand(-1, 2, -1, -1, -1)  # whose frames have the row of the video
+    for images, given, seen in ((IMAGES, rows, rows), (videos, rows, rows), (IMAGES, None, prompts)):
+        sizes = [len(str(row)) for row in seen]
+        values = [value.tolist() for value in reward(images, PROMPTS, given).values()]
         assert values[:-1] == [sizes, sizes, sizes, [7] * 4, [8] * 4, sizes]
-
-
-def test_without_rows_there_are_the_prompts_and_frames_of_a_video_have_those_of_the_video(own):
-    name = own("seen = []\ndef f(images, prompts, rows):\n    seen.append(rows)\n    return images.mean((1, 2, 3))\n")
-    reward = make_reward({name: 1.0}, "cpu")
-    reward(IMAGES[:2], ["a", "b"])
-    reward(IMAGES[:, None].expand(-1, 2, -1, -1, -1)[:2], ["a", "b"], [{"c": 1}, {"d": 2}])
-    seen = rewards.find_reward(name).__globals__["seen"]
-    assert seen == [[{"prompt": "a"}, {"prompt": "b"}], [{"c": 1}, {"c": 1}, {"d": 2}, {"d": 2}]]
 
 
 GROUP = (
@@ -131,12 +123,8 @@ def test_a_function_that_writes_into_what_it_gets_changes_nothing_for_others(own
         "    return images.mean((1, 2, 3))\n"
     )
     images, prompts, rows = IMAGES.clone(), list(PROMPTS), [{"a": [1]}] * 4
-    sizes = "def f(images, prompts, rows):\n    return [len(p) + len(r['a']) for p, r in zip(prompts, rows)]\n"
-    other = own(sizes, "2.py")
-    values = make_reward({name: 1.0, other: 1.0, "jpeg_compressibility": 1.0}, "cpu")(images, prompts, rows)
-    assert values[name].tolist() == [0] * 4 and values[other].tolist() == [len(prompt) + 1 for prompt in PROMPTS]
-    alone = make_reward({"jpeg_compressibility": 1.0}, "cpu")(IMAGES, PROMPTS)["total"]
-    assert torch.equal(values["jpeg_compressibility"], alone)
+    values = make_reward({name: 1.0, "jpeg_compressibility": 1.0}, "cpu")(images, prompts, rows)
+    assert values[name].tolist() == [0] * 4 and values["jpeg_compressibility"].isfinite().all()
     assert torch.equal(images, IMAGES) and prompts == PROMPTS and rows == [{"a": [1]}] * 4
 
 
@@ -256,7 +244,7 @@ def test_options_that_are_right_pass(tmp_path):
 
 
 def test_a_users_reward_has_no_options(own):
-    name = own("def f(images, prompts, gain=1):\n    return images.mean(dim=(1, 2, 3))\n")
+    name = own("def f(images, prompts, gain=1): ...")
     with pytest.raises(ValueError, match="a function of your own takes no options; write a factory into rewards.py"):
         check_rewards({name: 1.0}, options={f"{name}.gain": 2})
 
@@ -282,7 +270,7 @@ def test_prompts_and_rows_are_checked_for_the_rewards_asked_for(refusal, monkeyp
 # In a script
 
 
-@SCRIPTS
+@pytest.mark.parametrize("script", [grpo, grpo_guard, nft], ids=lambda script: script.__name__)
 def test_every_script_checks_options(refusal, script):
     assert "did you mean model?" in refusal(script, "--reward", "hpsv2=1", "--reward-options", "hpsv2.modle=x")
     assert "not of the form NAME=VALUE" in refusal(script, "--reward", "hpsv2=1", "--reward-options", "hpsv2")
