@@ -853,10 +853,10 @@ def test_the_key_comes_from_the_environment(judge, monkeypatch):
         (dict(api_key_env="NO_SUCH_KEY"), "there is no environment variable NO_SUCH_KEY"),
     ],
 )
-def test_what_cannot_work_is_refused_when_the_reward_is_made(judge, options, complaint):
+def test_what_cannot_work_is_refused_when_the_reward_is_made(judge, waits, options, complaint):
     with pytest.raises(ValueError, match=complaint):
         vlm.vlm("cpu", **{"url": judge.url, **options})
-    assert not judge.bodies
+    assert not judge.bodies and not waits
 
 
 def test_the_server_and_its_models_are_checked_at_once(judge):
