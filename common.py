@@ -542,13 +542,6 @@ class Snapshot:
         self.parameters = list(parameters)
         self.values = [p.detach().to(device or p.device, copy=True) for p in self.parameters]
 
-    def without_adapters(self, names):
-        """The snapshot, of parameters with these names, as the base model: adapters that add nothing."""
-        for name, value in zip(names, self.values, strict=True):
-            if ".lora_B." in name:
-                value.zero_()
-        return self
-
     @contextmanager
     def loaded(self):
         """Within it the parameters have the snapshot's values; afterwards always their own again."""
@@ -572,6 +565,20 @@ class Snapshot:
         """values <- decay * values + (1 - decay) * parameters."""
         for value, p in zip(self.values, self.parameters, strict=True):
             value.lerp_(p.detach().to(value.device), 1 - decay)
+
+
+def kl_reference(policy, train):
+    """A Snapshot of what the KL is to, the base model or the policy as it is now; None without a KL.
+
+    policy: {name: parameter}. The base model has adapters that add nothing.
+    """
+    if train.kl_beta == 0:
+        return None
+    reference = Snapshot(policy.values(), None if train.ref_param_device == "same_as_model" else "cpu")
+    if train.kl_reference == "base":
+        for value in (value for name, value in zip(policy, reference.values, strict=True) if ".lora_B." in name):
+            value.zero_()
+    return reference
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ does the option train.global-std. The last step is sampled by the ODE and not tr
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from typing import Annotated, Literal, Optional
 
@@ -130,13 +131,6 @@ def drawn_steps(train, epoch):
     return candidates[start : start + count]
 
 
-def most_steps(train):
-    """Sampling steps of an image with a tail, at most: those up to the last stochastic one, and the tail."""
-    last = train.num_inference_steps - 2 if train.sde_steps == "all" else max(common.candidate_steps(train))
-    start, end = last + 1, train.num_inference_steps
-    return start + min(train.tail_steps, end - start) if train.tail_steps else None
-
-
 def step_weights(train, sigmas):
     """{k: weight} of each candidate step in the loss: 1 / h, or 1. sigmas: (T + 1,)."""  # new in GRPO-Guard
     return {k: 1 / (sigmas[k] - sigmas[k + 1]) if train.reweight else 1.0 for k in common.candidate_steps(train)}
@@ -200,18 +194,14 @@ def main():
     device = machine.pick_device(args)
     reward, eval_reward = map(run.watch, make_rewards(args.reward, args.eval.reward, device, args.reward_options))
     pipe, policy = machine.make_policy(args, device)  # policy: {name: trained parameter}
-    reference, ema = None, None
-    if train.kl_beta > 0:
-        reference = Snapshot(policy.values(), device if train.ref_param_device == "same_as_model" else "cpu")
-        reference = reference if train.kl_reference == "start" else reference.without_adapters(policy)
-    if train.ema_decay > 0:
-        ema = Snapshot(policy.values())
+    reference = common.kl_reference(policy, train)  # None without a KL
+    ema = Snapshot(policy.values()) if train.ema_decay > 0 else None
     optimizer = torch.optim.AdamW(
         policy.values(), train.learning_rate, train.adam_betas, train.adam_epsilon, train.adam_weight_decay, fused=True
     )
     checkpoint = Checkpoint(run, policy, optimizer, reference=reference, ema=ema)
     rows = data.read_rows(args.prompts)
-    run.print(console.plan(args, policy, len(drawn_steps(train, 1)), 1 + bool(reference), most_steps(train)))
+    run.print(console.plan(args, policy, len(drawn_steps(train, 1)), 1 + bool(reference)))
 
     def evaluate(epoch):
         with ema.loaded() if ema else nullcontext():
@@ -283,19 +273,13 @@ def main():
 
 def first_step_contract(run, pipe, train, policy, reference, rollouts, totals):
     """What must hold before the first update; otherwise the run ends."""
-    steps = rollouts[0].steps.items()
-    log_ratios = [(replay(pipe, rollouts[0], k)[1].log_prob - old.log_prob).detach() for k, old in steps]
+    first = rollouts[0]
+    log_ratios = [(replay(pipe, first, k)[1].log_prob - old.log_prob).detach() for k, old in first.steps.items()]
     log_ratio = torch.stack(log_ratios).abs().max().item()
     terms = {"max |log ratio| of the first call": (log_ratio, log_ratio == 0)}
     if reference:
-
-        def penalty():
-            k = next(iter(rollouts[0].steps))
-            with torch.no_grad(), reference.loaded():
-                ref = replay(pipe, rollouts[0], k)
-            return kl_loss(train.kl_type, *replay(pipe, rollouts[0], k), *ref)[0]
-
-        terms |= contract.kl_gradient(policy, penalty)
+        predict = partial(replay, pipe, first, next(iter(first.steps)))
+        terms |= contract.kl_gradient(policy, reference, predict, lambda v, ref: kl_loss(train.kl_type, *v, *ref)[0])
     run.contract(terms | contract.sampling(pipe, rollouts, train.group_size, train.same_init_noise))
     if not has_gradient(group_advantages(totals, train.group_size)):
         run.print("warning: no reward differs within its group, so there is nothing to learn from it")

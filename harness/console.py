@@ -46,16 +46,13 @@ def progress(items, what):
     return tqdm(items, desc=what, leave=False, disable=True if rank() else None)
 
 
-def plan(args, policy, trained_steps, networks, most_steps=None):
-    """What will happen, before it does.
-
-    networks: passes for an image and trained step, of the policy and of its copies. most_steps: sampling steps of an
-    image, at most; None is exactly train.num_inference_steps.
-    """
+def plan(args, policy, trained_steps, networks):
+    """What will happen, before it does. networks: policy and copies that see a trained step of an image."""
     train = args.train
     images = train.unique_sample_num_per_epoch * train.group_size
     by = f" by {world_size()} processes" if world_size() > 1 else ""
-    forwards = images * (most_steps or train.num_inference_steps)
+    most = "at most " if getattr(train, "tail_steps", None) else ""
+    forwards = images * train.num_inference_steps
     replays = images * trained_steps * train.num_inner_epochs * networks
     twice = " (twice as many where guidance takes a second pass)" if train.guidance_scale > 1 else ""
     return (
@@ -63,6 +60,5 @@ def plan(args, policy, trained_steps, networks, most_steps=None):
         f"an epoch: {train.unique_sample_num_per_epoch} x {train.group_size} = {images} images, in calls of "
         f"{train.per_device_batch_size}{by}; updates: {train.gradient_step_per_epoch * train.num_inner_epochs}, "
         f"each over trained steps: {trained_steps};\n"
-        f"          {'at most ' if most_steps else ''}{forwards:,} network evaluations to sample, {replays:,} to train"
-        f"{twice}"
+        f"          {most}{forwards:,} network evaluations to sample, {replays:,} to train{twice}"
     )

@@ -10,12 +10,17 @@ from harness.data import is_picture
 from harness.fields import refuse
 
 
-def kl_gradient(policy, penalty):
-    """The KL penalty has a gradient. At the base model that is 0 as the penalty is, so look from a little beside it."""
+def kl_gradient(policy, reference, predict, penalty):
+    """The KL penalty has a gradient. At the base model that is 0 as the penalty is, so look from a little beside it.
+
+    policy: {name: parameter}; predict() -> what the parameters predict; penalty(that, the reference's) -> a scalar.
+    """
     beside = Snapshot(policy.values())
     beside.values = [value + 1e-3 * torch.randn_like(value) for value in beside.values]
+    with torch.no_grad(), reference.loaded():
+        base = predict()
     with beside.loaded():
-        penalty().backward()
+        penalty(predict(), base).backward()
     norm = gradient_norm(policy.values()).item()
     for p in policy.values():
         p.grad = None
@@ -37,27 +42,18 @@ def sampling(pipe, rollouts, group_size, same_init_noise=False):
     return terms
 
 
-class _Found(BaseException):
-    """Carries the first step's velocity out of a call, which need not go on."""
+def first_images(call):
+    """The call for its first two images alone, from given noise; some pipelines also draw from the global generator."""
+    few = {key: value[:2] if isinstance(value, list) else value for key, value in call.items()}
+    torch.manual_seed(0)
+    return copy_nested({**few, "generator": generators(*((0, i) for i in range(len(few["prompt"]))))})
 
 
 def check_pictures(pipe, call):
     """Refuse several pictures in a call where another prompt's picture changes an image: they are then references."""
-    two = {key: value[:2] if isinstance(value, list) else value for key, value in call.items()}
-    pictures = [key for key, value in two.items() if is_picture(key) and isinstance(value, list) and len(value) > 1]
-    other = {key: [two[key][0], ImageOps.invert(two[key][1])] for key in pictures}
-
-    def found(velocity, *_):
-        raise _Found(velocity)
-
-    def first_velocity(call):
-        torch.manual_seed(0)
-        try:
-            rollout(pipe, {**call, "generator": generators((0,), (1,))}, found, 1.0, [0])
-        except _Found as error:
-            return error.args[0][0]
-
-    if pictures and not torch.equal(first_velocity(two), first_velocity(two | other)):
+    pictures = [key for key, value in call.items() if is_picture(key) and isinstance(value, list) and len(value) > 1]
+    other = call | {key: [call[key][0], ImageOps.invert(call[key][1])] for key in pictures}
+    if pictures and not torch.equal(*(rollout(pipe, first_images(c), "ODE", 0.0, ()).x0[0] for c in (call, other))):
         remedy = f"{type(pipe).__name__} does not make one image of each picture; 1 would do, and for eval too"
         refuse("train.per_device_batch_size", len(call["prompt"]), remedy)
 
@@ -76,31 +72,25 @@ def count_repeated_noise(rollouts, group_size, same_init_noise):
 
     With same_init_noise the start is shared on purpose and not looked at.
     """
-    drawn = {} if same_init_noise else {-1: [tape.noise.flatten(1)[:, :64] for tape in rollouts]}
+
+    def beginnings(of_calls):  # 64 numbers tell images apart
+        return torch.cat([noise.flatten(1)[:, :64].clone() for noise in of_calls]).float()
+
+    drawn = [] if same_init_noise else [beginnings(tape.noise for tape in rollouts)]
     for k in rollouts[0].steps:
-        drawn[k] = []
-        for taken in (tape.steps[k] for tape in rollouts):
-            x_next, mean = (t.flatten(1)[:, :64].float() for t in (taken.x_next, taken.mean))
-            drawn[k].append((x_next - mean) / taken.std.to(mean).reshape(-1, 1))
+        taken = (tape.steps[k] for tape in rollouts)
+        drawn.append(beginnings((step.x_next - step.mean) / step.std for step in taken))
     repeated = 0
-    for noise in drawn.values():
-        noise = torch.cat(noise).float()
-        groups = noise.reshape(-1, group_size, noise.shape[1])
-        apart = (groups[:, :, None] - groups[:, None]).abs().amax(dim=3)  # noise of two images differs by about 3
+    for groups in (noise.unflatten(0, (-1, group_size)) for noise in drawn):
+        apart = torch.cdist(groups, groups, p=torch.inf)  # noise of two images differs by about 3
         apart.diagonal(dim1=1, dim2=2).fill_(torch.inf)
         repeated += int((apart.amin(dim=2) < 0.05).sum())
     return repeated
 
 
 @torch.no_grad()
-def ode_difference(pipe, call, count=2):
+def ode_difference(pipe, call):
     """The largest difference between the images of a rollout without noise and of the plain pipeline."""
-
-    def first_images():
-        few = {key: value[:count] if isinstance(value, list) else value for key, value in call.items()}
-        torch.manual_seed(0)  # some pipelines draw from the global generator
-        return copy_nested({**few, "generator": generators(*((0, i) for i in range(len(few["prompt"]))))})
-
     with autocast(pipe):
-        plain = pipe(**first_images())[0]
-    return (rollout(pipe, first_images(), "ODE", 0.0, ()).images - plain).abs().max().item()
+        plain = pipe(**first_images(call))[0]
+    return (rollout(pipe, first_images(call), "ODE", 0.0, ()).images - plain).abs().max().item()
