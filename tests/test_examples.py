@@ -204,7 +204,7 @@ def state(folder):
     "script, options",
     [
         (awm, "--train.old-decay-slope 0.2 --train.kl-beta 0.1"),
-        (awm, "--train.off-policy --train.old-decay-slope 0.2 --train.time-sampling logit-normal"),
+        (awm, "--train.ema-beta 0 --train.time-sampling logit-normal"),
         (dpo, "--train.dpo-reference old --train.dynamics-type CPS"),
         (dgpo, "--train.dgpo-reference base --train.old-decay-slope 0.2"),
     ],

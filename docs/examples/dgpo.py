@@ -11,8 +11,7 @@ This file follows the released code: the loss is mean g A e, without β; what ex
 clip_range in A's direction has no gradient; there is a KL to the base model; the reference is an average that trails
 with a decay up to 0.3, here nft.py's old policy (the code's runs with guidance have the base model and β = 100). That
 code samples by this average only after some hundred updates, this file from the start. β goes with the square root of
-the latent dimensions, clip_range with its inverse, as e is a mean over them: the defaults are for 65,536. New is what
-is marked so.
+the latent dimensions, clip_range with its inverse, as e is a mean over them: the defaults are for 65,536.
 
     cp docs/examples/dgpo.py . && python dgpo.py
     diff nft.py dgpo.py
@@ -43,8 +42,8 @@ class TrainArgs(settings.TrainArgs):
     optimizer, the average). The defaults are the paper's for SD3.5-medium.
     """
 
-    trainer_type: Literal["dgpo", "nft"] = "dgpo"
-    """Names this script in YAML files; without a section of its own there it takes that of nft."""
+    trainer_type: Literal["dgpo"] = "dgpo"
+    """Names this script in YAML files."""
 
     # What is sampled in an epoch
 
@@ -63,7 +62,7 @@ class TrainArgs(settings.TrainArgs):
     old_decay_start: NotNegative = 0
     """Optimizer steps i before the old policy begins to trail."""
     old_decay_slope: NotNegative = 0.001
-    """Its decay is slope * (i − start), up to the maximum. The paper: 0, 0.001, 0.5; for OCR 75, 0.0075, 0.999."""
+    """Its decay is slope * (i − start), up to the maximum."""
     old_decay_max: Decay = 0.3
     """old <- decay * old + (1 − decay) * policy, once per epoch."""
 
@@ -269,15 +268,11 @@ def first_step_contract(run, pipe, train, policy, old, reference, rollouts, tota
     """What must hold before the first update; otherwise the run ends."""
     k = drawn_steps(train, 1)[0]
     seeds = [(train.seed, 1, i, 3) for i in range(len(rollouts[0].x0))]
-    x0, sigma = rollouts[0].x0, rollouts[0].sigmas[k].item()
-    x = noised(x0, sigma, common.generators(*seeds))  # as in training
+    x = noised(rollouts[0].x0, rollouts[0].sigmas[k].item(), common.generators(*seeds))  # as in training
     v = replay(pipe, rollouts[0], k, x)[0].detach()
     with torch.no_grad(), old.loaded():
-        v_old = replay(pipe, rollouts[0], k, x)[0]
-    distance = (v_old - v).abs().max().item()
+        distance = (replay(pipe, rollouts[0], k, x)[0] - v).abs().max().item()
     terms = {"max |v - v_old| of the first call": (distance, distance == 0)}
-    weight = dgpo_loss(v, v_old, v_old, x, x0, sigma, torch.ones(len(x)), len(x), 1, 1, 1)[1]["group_weight"].item()
-    terms["group weight there"] = (weight, weight == 0.5)  # new in DGPO
     if reference:
 
         def penalty():

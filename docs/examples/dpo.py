@@ -6,14 +6,13 @@ for both, the loss −log sigmoid(−β/2 · [(e_w − e_w,ref) − (e_l − e_l
 
     Diffusion-DPO   arXiv 2311.12908   its loss, here on pairs of the policy's own images
 
-The paper learns from people's choices between images that are there already. In released codes for flow matching the
-pairs are made anew in each epoch, as here, and σ is drawn from a logit-normal; here it is a step of the sampling
-schedule, because a replay runs at the schedule's noise levels alone. The reference is the base model, as in the paper:
-then the policy stays near it by itself, the nearer the larger β is. With --train.dpo-reference old it is the policy at
-the start of the epoch, and nothing but kl_beta holds what many epochs do. β goes with the square root of the latent
-dimensions, as e is a mean over them: 2000 is for 65,536. One thing is this file's own: the pairs have calls of their
-own, sampled once more for their tapes, which costs 2 / group_size of the sampling and leaves as much of the training.
-New is what is marked so.
+The paper learns from people's choices between images that are there already. Released codes for flow matching make the
+pairs anew in each epoch, as here, and draw σ from a logit-normal; here it is a step of the sampling schedule, because a
+replay runs at the schedule's noise levels alone. The reference is the base model, as in the paper: the larger β is, the
+nearer the policy stays to it. With --train.dpo-reference old it is the policy at the start of the epoch, and nothing
+but kl_beta holds what many epochs do. e is a mean over the latent dimensions, so β goes with their square root: 2000 is
+for 65,536. One thing is this file's own: the pairs have calls of their own, sampled once more for their tapes, which
+costs 2 / group_size of the sampling; of training it leaves as much.
 
     cp docs/examples/dpo.py . && python dpo.py
     diff nft.py dpo.py
@@ -41,11 +40,11 @@ from rewards import make_rewards
 @dataclass
 class TrainArgs(settings.TrainArgs):
     """What this algorithm adds to the settings of all (harness/settings.py: the prompts and groups of an epoch, the
-    optimizer, the average). The defaults are the paper's for SD3.5-medium.
+    optimizer, the average). The defaults are for SD3.5-medium.
     """
 
-    trainer_type: Literal["dpo", "nft"] = "dpo"
-    """Names this script in YAML files; without a section of its own there it takes that of nft."""
+    trainer_type: Literal["dpo"] = "dpo"
+    """Names this script in YAML files."""
 
     # What is sampled in an epoch
 
@@ -64,7 +63,7 @@ class TrainArgs(settings.TrainArgs):
     old_decay_start: NotNegative = 0
     """Optimizer steps i before the old policy begins to trail."""
     old_decay_slope: NotNegative = 0.001
-    """Its decay is slope * (i − start), up to the maximum. The paper: 0, 0.001, 0.5; for OCR 75, 0.0075, 0.999."""
+    """Its decay is slope * (i − start), up to the maximum."""
     old_decay_max: Decay = 0.5
     """old <- decay * old + (1 − decay) * policy, once per epoch."""
 
@@ -78,10 +77,6 @@ class TrainArgs(settings.TrainArgs):
     """What e_ref is the error of: the base model, or the old policy."""
     dpo_beta: Positive = 2000.0  # new in DPO
     """β: a pair counts until the policy is some 2 / β better at it than the reference, in errors."""
-    adv_clip_range: Positive = 5.0
-    """Of no effect here, where only the order of a group counts."""
-    global_std: bool = True
-    """Divide advantages by the standard deviation of all rewards of the epoch instead of the group's. Not in gdpo."""
     advantage_aggregation: Literal["sum", "gdpo"] = "sum"
     """Of several weighted rewards: sum takes the advantages of their sum, gdpo adds up those of each (group std)."""
     kl_type: Literal["v-based", "x-based", "exact"] = "v-based"
@@ -223,7 +218,7 @@ def main():
         if train.advantage_aggregation == "gdpo":
             advantages = gdpo_advantages(scores, args.reward, train.group_size)
         else:
-            advantages = group_advantages(scores["total"], train.group_size, train.global_std)
+            advantages = group_advantages(scores["total"], train.group_size)
         advantages = common.local_shard(advantages).split(train.per_device_batch_size)  # scores are of all processes
         if epoch == 1:
             first_step_contract(run, pipe, train, policy, old, reference, rollouts, scores["total"])
@@ -289,16 +284,11 @@ def first_step_contract(run, pipe, train, policy, old, reference, rollouts, tota
     """What must hold before the first update; otherwise the run ends."""
     k = drawn_steps(train, 1)[0]
     seeds = [(train.seed, 1, i, 3) for i in range(len(rollouts[0].x0))]
-    x0, sigma = rollouts[0].x0, rollouts[0].sigmas[k].item()
-    x = noised(x0, sigma, common.generators(*seeds))  # as in training
+    x = noised(rollouts[0].x0, rollouts[0].sigmas[k].item(), common.generators(*seeds))  # as in training
     v = replay(pipe, rollouts[0], k, x)[0].detach()
     with torch.no_grad(), old.loaded():
-        v_old = replay(pipe, rollouts[0], k, x)[0]
-    distance = (v_old - v).abs().max().item()
-    two = (t[:2] for t in (v, v_old, x, x0))
-    argument = dpo_loss(*two, sigma, torch.ones(1, device=x.device), train.dpo_beta)[1]["argument"].item()
+        distance = (replay(pipe, rollouts[0], k, x)[0] - v).abs().max().item()
     terms = {"max |v - v_old| of the first call": (distance, distance == 0)}
-    terms["argument there"] = (argument, argument == 0)  # new in DPO
     if reference:
 
         def penalty():
