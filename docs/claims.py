@@ -58,9 +58,14 @@ GPU_SCRIPTS = {
         "train.learning_rate": 1e-4, "train.clip_range": 3e-5,
     },
     "nft": {"train.per_device_batch_size": 288, "train.num_train_steps": 6},
+    "awm": {"train.per_device_batch_size": 288, "train.num_train_steps": 6},
+    "dpo": {"train.per_device_batch_size": 288, "train.num_train_steps": None},
+    "dgpo": {"train.per_device_batch_size": 288, "train.num_train_steps": 4},
 }  # fmt: skip
+EXAMPLES = ("awm", "dpo", "dgpo")
 CPU_WORLD = {"train.max_epochs": 10}
-CPU_SCRIPTS = {script: {"train.num_train_steps": 3 if script == "nft" else 2} for script in GPU_SCRIPTS}
+CPU_SCRIPTS = {"grpo": 2, "grpo_guard": 2, "nft": 3, "awm": 3, "dpo": None, "dgpo": 3}
+CPU_SCRIPTS = {script: {"train.num_train_steps": count} for script, count in CPU_SCRIPTS.items()}
 WORLD, SCRIPTS = (CPU_WORLD, CPU_SCRIPTS) if CPU else (GPU_WORLD, GPU_SCRIPTS)
 TOP = ("reward", "finetune_type", "lora_rank", "lora_alpha")  # keys that are not in a section
 
@@ -172,6 +177,16 @@ CLAIMS = {
         **({"grpo-one-update": run("grpo", gradient_step_per_epoch=1)} if CPU else {}),
         "grpo-lora": run("grpo", finetune_type="lora", learning_rate=2e-3),
     },
+    "examples": {
+        "grpo": run("grpo"),
+        "nft": run("nft"),
+        "awm": run("awm"),
+        "awm-free": run("awm", clip_range=10.0, ema_beta=0.0, learning_rate=3e-4),
+        "dpo": run("dpo"),
+        "dpo-old": run("dpo", dpo_reference="old", dpo_beta=10.0, learning_rate=3e-4),
+        "dgpo": run("dgpo"),
+        "dgpo-free": run("dgpo", clip_range=10.0, dgpo_beta=10.0, learning_rate=3e-4),
+    },
 }
 RUNS = {f"{name}-s{seed}": runs[name] for runs in CLAIMS.values() for name in runs for seed in SEEDS}
 # {label: name} of the README's figure: the scripts as they come, or the long runs on a GPU
@@ -186,7 +201,8 @@ def command(name, out):
     """The command line of a run, as a list."""
     script, settings = RUNS[name]
     settings = settings | {"train.seed": int(name[-1])}
-    words = [f"{script}.py", "--run-name", name, "--output-dir", str(out)]
+    folder = "docs/examples/" if script in EXAMPLES else ""
+    words = [f"{folder}{script}.py", "--run-name", name, "--output-dir", str(out)]
     for key, value in settings.items():
         flag = "--" + key.replace("_", "-")
         if isinstance(value, bool):
@@ -223,7 +239,7 @@ def show_claims(args):
 
 def show(args):
     for name in chosen(args.names):
-        print("python", shlex.join(command(name, args.out)))
+        print("PYTHONPATH=. " * (RUNS[name][0] in EXAMPLES) + "python", shlex.join(command(name, args.out)))
 
 
 def read(path):
@@ -294,6 +310,7 @@ def run_all(args):
 
     def one(number, name):
         folder, log, env = out / name, out / f"{name}.log", dict(os.environ, OMP_NUM_THREADS="1")
+        env["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         if gpus:
             env["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
         shutil.rmtree(folder, ignore_errors=True)
@@ -335,7 +352,10 @@ def forwards(name):
     script, settings = RUNS[name]
     steps = settings.get("train.num_inference_steps", 10)
     trained = settings["train.num_train_steps"] or steps - 1
-    others = 2 if script == "nft" else int(settings.get("train.kl_beta", 0) > 0)  # old policy and base model
+    others = {"nft": 2, "awm": 2, "dpo": 2, "dgpo": 1}  # old policy, and base model or average
+    others = others.get(script, int(settings.get("train.kl_beta", 0) > 0))
+    if script == "dpo":  # the pairs are sampled once more, and they alone are trained
+        return steps + (steps + trained * (3 + others)) * 2 / settings.get("train.group_size", 16)
     return steps + trained * (3 + others)
 
 
