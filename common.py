@@ -568,12 +568,10 @@ class Snapshot:
 
 
 def kl_reference(policy, train):
-    """A Snapshot of what the KL is to, the base model or the policy as it is now; None without a KL.
+    """A Snapshot of what the KL is to, the base model or the policy as it is now.
 
     policy: {name: parameter}. The base model has adapters that add nothing.
     """
-    if train.kl_beta == 0:
-        return None
     reference = Snapshot(policy.values(), None if train.ref_param_device == "same_as_model" else "cpu")
     if train.kl_reference == "base":
         for value in (value for name, value in zip(policy, reference.values, strict=True) if ".lora_B." in name):

@@ -194,7 +194,7 @@ def main():
     device = machine.pick_device(args)
     reward, eval_reward = map(run.watch, make_rewards(args.reward, args.eval.reward, device, args.reward_options))
     pipe, policy = machine.make_policy(args, device)  # policy: {name: trained parameter}
-    reference = common.kl_reference(policy, train)  # None without a KL
+    reference = common.kl_reference(policy, train) if train.kl_beta > 0 else None
     ema = Snapshot(policy.values()) if train.ema_decay > 0 else None
     optimizer = torch.optim.AdamW(
         policy.values(), train.learning_rate, train.adam_betas, train.adam_epsilon, train.adam_weight_decay, fused=True

@@ -20,6 +20,7 @@ costs 2 / group_size of the sampling; of training it leaves as much.
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from typing import Literal, Optional
 
@@ -175,11 +176,8 @@ def main():
     device = machine.pick_device(args)
     reward, eval_reward = map(run.watch, make_rewards(args.reward, args.eval.reward, device, args.reward_options))
     pipe, policy = machine.make_policy(args, device)  # policy: {name: trained parameter}
-    copies = device if train.ref_param_device == "same_as_model" else "cpu"
-    old = Snapshot(policy.values(), copies)
-    reference = Snapshot(policy.values(), copies) if train.kl_beta > 0 or train.dpo_reference == "base" else None
-    if reference and train.kl_reference == "base":
-        reference.without_adapters(policy)
+    old = Snapshot(policy.values(), None if train.ref_param_device == "same_as_model" else "cpu")
+    reference = common.kl_reference(policy, train) if train.kl_beta > 0 or train.dpo_reference == "base" else None
     ema = Snapshot(policy.values()) if train.ema_decay > 0 else None
     optimizer = torch.optim.AdamW(
         policy.values(), train.learning_rate, train.adam_betas, train.adam_epsilon, train.adam_weight_decay, fused=True
@@ -290,13 +288,8 @@ def first_step_contract(run, pipe, train, policy, old, reference, rollouts, tota
         distance = (replay(pipe, rollouts[0], k, x)[0] - v).abs().max().item()
     terms = {"max |v - v_old| of the first call": (distance, distance == 0)}
     if reference:
-
-        def penalty():
-            with torch.no_grad(), reference.loaded():
-                v_ref = replay(pipe, rollouts[0], k, x)[0]
-            return ((replay(pipe, rollouts[0], k, x)[0].float() - v_ref.float()) ** 2).mean()
-
-        terms |= contract.kl_gradient(policy, penalty)
+        predict = partial(replay, pipe, rollouts[0], k, x)
+        terms |= contract.kl_gradient(policy, reference, predict, lambda v, ref: ((v[0] - ref[0]).float() ** 2).mean())
     run.contract(terms | contract.sampling(pipe, rollouts, train.group_size))
     if not group_advantages(totals, train.group_size).any():
         run.print("warning: no reward differs within its group, so there is nothing to learn from it")
