@@ -181,11 +181,11 @@ CLAIMS = {
         "grpo": run("grpo"),
         "nft": run("nft"),
         "awm": run("awm"),
-        "awm-free": run("awm", clip_range=10.0, ema_beta=0.0, learning_rate=3e-4),
+        "awm-free": run("awm", clip_range=10.0, ema_beta=0.0),
         "dpo": run("dpo"),
         "dpo-old": run("dpo", dpo_reference="old", dpo_beta=10.0, learning_rate=3e-4),
         "dgpo": run("dgpo"),
-        "dgpo-free": run("dgpo", clip_range=10.0, dgpo_beta=10.0, learning_rate=3e-4),
+        "dgpo-free": run("dgpo", clip_range=10.0, dgpo_beta=10.0),
     },
 }
 RUNS = {f"{name}-s{seed}": runs[name] for runs in CLAIMS.values() for name in runs for seed in SEEDS}
