@@ -519,6 +519,7 @@ def reward_networks(folder, device):
     folder.mkdir(parents=True, exist_ok=True)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
     letters = ["<|startoftext|>", "<|endoftext|>", *words[5:], *(f"{letter}</w>" for letter in words[5:])]
+    letters += [f"<{i}>" for i in range(len(letters), 49408)]  # as many as there are, not the same
     torch.manual_seed(0)
     torch.set_default_device(device)  # where random numbers are made at once
 
