@@ -35,7 +35,7 @@ from harness.data import call_of, with_pictures
 from harness.fields import refuse
 from harness.flow_models import use_flow_matching
 from harness.listening import listening, remembering, routed
-from harness.parallel import average_gradients, gather, gather_rows, local_shard, rank
+from harness.parallel import average_gradients, first_not_finite, gather_rows, local_shard, rank
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The pipeline as a policy
@@ -731,10 +731,6 @@ class Metrics:
         everyone.values.update({name: list(values) for name, values in rows.items()})
         return everyone
 
-    def first_not_finite(self):
-        """The name of the first scalar with a value that is not finite, in the order they were first added; or None."""
-        return next((name for name, values in self.values.items() if not torch.stack(values).isfinite().all()), None)
-
 
 def average_clip_step(run, optimizer, policy, update, max_grad_norm):
     """Average the gradients over the processes, clip their norm and take an optimizer step; zero the gradients.
@@ -753,13 +749,11 @@ def average_clip_step(run, optimizer, policy, update, max_grad_norm):
         optimizer.step()
         run.took_update()
     else:
-        parts = {name: p.grad for name, p in policy.items() if p.grad is not None}
-        parts = {name: g.to_local() if isinstance(g, DTensor) else g for name, g in parts.items()}
-        culprit = next((f"the gradient of {name}" for name, g in parts.items() if not g.isfinite().all()), None)
-        culprit = next(filter(None, gather(culprit)), "the norm of the gradient")
-        run.skipped_update(update.first_not_finite() or culprit)
+        parts = {name: torch.stack(values) for name, values in update.values.items()}
+        parts |= {f"the gradient of {name}": p.grad for name, p in policy.items() if p.grad is not None}
+        run.skipped_update(first_not_finite(parts) or "the norm of the gradient")
     optimizer.zero_grad()
-    return {**update.means(), "grad_norm": norm} if finite else {}
+    return {**update.means(), "grad_norm": norm.item()} if finite else {}  # without gradients it is on the CPU
 
 
 def gradient_norm(parameters):

@@ -18,7 +18,6 @@ does the option train.global-std. The last step is sampled by the ODE and not tr
     python grpo.py --help
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -195,16 +194,10 @@ def main():
     checkpoint = Checkpoint(run, policy, optimizer, reference=reference, ema=ema)
     rows = data.read_rows(args.prompts)
     run.print(console.plan(args, policy, len(drawn_steps(train, 1)), 1 + bool(reference)))
+    evaluate = partial(run.evaluate, pipe=pipe, reward=eval_reward, policy=policy, average=ema)  # where one is due
 
-    def evaluate(epoch):
-        with ema.loaded() if ema else nullcontext():
-            return run.evaluate(epoch, pipe, eval_reward, policy)
-
-    first, updates = checkpoint.load(evaluate)  # 0, 0 of a new run; one that ends where it stopped is evaluated
-    if first == 0:
-        run.log({"epoch": 0, "images": 0, **evaluate(0)})
-        checkpoint.save(0, updates)
-    for epoch in range(max(first, 1), train.max_epochs + 1):
+    first, updates = checkpoint.begin(evaluate)  # with the base model, evaluated, or where a resumed run was
+    for epoch in range(first, train.max_epochs + 1):
         metrics = common.Metrics()
 
         # Sampling: the images of the epoch in order of (prompt, member), in calls of one batch
@@ -255,10 +248,7 @@ def main():
                 ema.update(min(train.ema_decay, (1 + updates) / (10 + updates)))  # sooner away from the base model
         assert updates == epoch * train.num_inner_epochs * train.gradient_step_per_epoch
 
-        due = epoch % args.eval.eval_freq == 0 or epoch == train.max_epochs
-        images = epoch * train.unique_sample_num_per_epoch * train.group_size
-        row = {"epoch": epoch, "images": images, **metrics.means("train/")}
-        run.log(row | (evaluate(epoch) if due else {}))
+        run.log(epoch, metrics.means("train/") | evaluate(epoch))
         checkpoint.save(epoch, updates)
     run.finish(pipe)
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from harness.arguments import repeatable
 from harness.fields import refuse
-from harness.parallel import gather, rank
+from harness.parallel import first_not_finite, gather, rank
 
 
 @contextmanager
@@ -66,10 +66,9 @@ def checksum(parameters):
 
 def check_finite(run, epoch, policy):
     """End the run where a trained parameter is not finite: nothing of it is saved. policy: {name: parameter}."""
-    local = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in policy.items()}
-    if wrong := sum(gather([name for name, p in local.items() if not p.isfinite().all()]), []):
+    if wrong := first_not_finite(policy):
         remedy = "nothing of it was saved; a smaller train.learning_rate would do"
-        raise run.error(f"after epoch {epoch} {wrong[0]} is not finite; {remedy}")
+        raise run.error(f"after epoch {epoch} {wrong} is not finite; {remedy}")
 
 
 def checkpoints(run_folder):
@@ -174,17 +173,19 @@ class Checkpoint:
         for other in set(run.folder.glob("checkpoints/epoch_*/")) - set(kept):
             shutil.rmtree(other)
 
-    def load(self, evaluate):
-        """Take up a resumed run where its newest checkpoint is. Returns (the epoch to begin with, updates done).
+    def begin(self, evaluate):
+        """Log the base model, or take up a resumed run where its newest checkpoint is.
 
-        evaluate(epoch) -> its columns of metrics.csv: for a run that is to end at the epoch where it was stopped.
+        evaluate(epoch) -> its columns of metrics.csv. Returns (the first epoch to train, updates done).
         """
         run, state = self.run, self.run.state
         run.in_loop = True
         if state is None:
             if run.args.resume:
                 run.print("no epoch was finished; beginning again")
-            return 0, 0
+            run.log(0, evaluate(0))
+            self.save(0, 0)
+            return 1, 0
         self._read()
         run.rows, run.skipped_in_a_row = state["rows"], state["skipped_in_a_row"]
         run.started = time.time() - state["seconds"]
@@ -196,7 +197,7 @@ class Checkpoint:
         if state["epoch"] == epochs and "eval/total" not in run.rows[-1]:
             row = run.rows.pop()
             run.skipped = row["train/skipped"]
-            run.log(row | evaluate(epochs))
+            run.log(epochs, row | evaluate(epochs))
             self.save(epochs, state["updates"])
         return state["epoch"] + 1, state["updates"]
 

@@ -75,6 +75,13 @@ def gather_rows(named):
     return {name: torch.cat([part[name] for part in parts if name in part]).to(device) for name in names}
 
 
+def first_not_finite(named):
+    """The name of the first of {name: tensor} with a value that is not finite, in any process; or None."""
+    local = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in named.items()}
+    wrong = gather([name for name, t in local.items() if not t.isfinite().all()])
+    return next((name for names in wrong for name in names), None)
+
+
 def average_gradients(parameters):
     """Make each gradient its mean over the processes, by one all-reduce of all of them.
 

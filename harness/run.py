@@ -130,10 +130,11 @@ class Run:
         with listened_to(f"error: nobody reads the output any more; continue with: {self.command}"):
             tqdm.write(str(line), file=sys.stdout)
 
-    def log(self, row):
-        """One row of metrics.csv ({column: number}), one console line with the most telling of them."""
-        row["seconds"] = round(time.time() - self.started, 2)
-        if row["epoch"]:
+    def log(self, epoch, columns):
+        """One row of metrics.csv, and one console line with the most telling of its columns, {name: number}."""
+        images = epoch * self.args.train.unique_sample_num_per_epoch * self.args.train.group_size
+        row = columns | {"epoch": epoch, "images": images, "seconds": round(time.time() - self.started, 2)}
+        if epoch:
             row["train/skipped"], self.skipped = self.skipped, 0
         self.rows.append(row)
         if rank():
@@ -144,7 +145,7 @@ class Run:
         shown = {key: row[f"train/{key}"] for key in TELLING if f"train/{key}" in row}
         shown |= {key: value for key, value in row.items() if key.startswith("eval/") and "/image/" not in key}
         values = "  ".join(f"{key} {value:.3g}" for key, value in shown.items())
-        self.print(f"epoch {row['epoch']:4d}  images {row['images']:7d}  {row['seconds']:6.0f} s  {values}")
+        self.print(f"epoch {epoch:4d}  images {images:7d}  {row['seconds']:6.0f} s  {values}")
         if "eval/total" in row:
             save_curve(self.folder / "curve.png", self.rows)
 
@@ -199,11 +200,13 @@ class Run:
         if broken:
             raise SystemExit(f"error: the first-step contract is broken: {broken}; nothing was trained")
 
-    def evaluate(self, epoch, pipe, reward, policy, average=None):
+    def evaluate(self, epoch, pipe, reward, policy, average):
         """Evaluate, keep the grid and each image's rewards and the weights; returns the columns of metrics.csv.
 
-        average: a Snapshot of the policy that is evaluated and saved in its place.
+        average: a Snapshot of the policy that is evaluated and saved in its place. Where no evaluation is due: {}.
         """
+        if epoch % self.args.eval.eval_freq and epoch != self.args.train.max_epochs:
+            return {}
         check_finite(self, epoch, policy)
         with average.loaded() if average else nullcontext():
             seed_global_generators(self.args.eval.seed, epoch)

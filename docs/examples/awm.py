@@ -20,7 +20,6 @@ clip_range goes with the inverse of their square root: 1e-4 is for 65,536.
     diff nft.py awm.py
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -195,16 +194,10 @@ def main():
     tail_steps = train.num_inference_steps if train.solver == "DPM-Solver++" else None
     noisy_steps = range(train.num_inference_steps - 1) if train.dynamics_type != "ODE" else ()
     run.print(console.plan(args, policy, len(drawn_steps(train, 1)), 2 + bool(reference) + bool(average)))
+    evaluate = partial(run.evaluate, pipe=pipe, reward=eval_reward, policy=policy, average=ema)  # where one is due
 
-    def evaluate(epoch):
-        with ema.loaded() if ema else nullcontext():
-            return run.evaluate(epoch, pipe, eval_reward, policy)
-
-    first, updates = checkpoint.load(evaluate)  # 0, 0 of a new run; one that ends where it stopped is evaluated
-    if first == 0:
-        run.log({"epoch": 0, "images": 0, **evaluate(0)})
-        checkpoint.save(0, updates)
-    for epoch in range(max(first, 1), train.max_epochs + 1):
+    first, updates = checkpoint.begin(evaluate)  # with the base model, evaluated, or where a resumed run was
+    for epoch in range(first, train.max_epochs + 1):
         metrics = common.Metrics()
 
         # Sampling by the old policy: the images of the epoch in order of (prompt, member), in calls of one batch
@@ -267,10 +260,7 @@ def main():
             average.update(decay)
         metrics.add({"old_decay": decay})
 
-        due = epoch % args.eval.eval_freq == 0 or epoch == train.max_epochs
-        images = epoch * train.unique_sample_num_per_epoch * train.group_size
-        row = {"epoch": epoch, "images": images, **metrics.means("train/")}
-        run.log(row | (evaluate(epoch) if due else {}))
+        run.log(epoch, metrics.means("train/") | evaluate(epoch))
         checkpoint.save(epoch, updates)
     run.finish(pipe)
 
