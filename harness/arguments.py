@@ -55,6 +55,9 @@ def parse_args(Args, description, argv=None):
     for source in (given.config, "you"):
         if by_it := [f"{key} {settings[key]}" for key, by in set_by.items() if by == source]:
             said.append(f"from {source}: {', '.join(by_it)}")
+    by_file = [name for key in ("reward", "eval.reward") if set_by.get(key) == given.config for name in settings[key]]
+    if given.config and (code := sorted({name.rpartition(":")[0] for name in by_file} - {""})):
+        said.append(f"note: {given.config} names rewards of {', '.join(code)}, whose code will run")
     return args, said
 
 
@@ -67,12 +70,12 @@ def _read_yaml(key, path, kinds, said):
             raise ValueError("is empty; put back what the run wrote there")
         sections = {name: _flat(section) for name, section in mapping(settings.pop("trainers", None)).items()}
         layer = _flat(settings)
-    chosen = next((name for name in trainers if name in sections), None)
-    for name, value in sections.get(chosen, {}).items():
-        if name in kinds or chosen == trainers[0]:
-            layer[name] = value
-        else:
-            said.append(f"note: {path} sets {name} for {chosen}, which this script does not have")
+        chosen = next((name for name in trainers if name in sections), None)
+        for name, value in sections.get(chosen, {}).items():
+            if name in kinds or chosen == trainers[0]:
+                layer[name] = mapping(layer.get(name)) | mapping(value) if name == "call" else value
+            else:
+                said.append(f"note: {path} sets {name} for {chosen}, which this script does not have")
     if sections and chosen is None:
         lost = ", ".join(f"{name}: {' '.join(section)}" for name, section in sections.items())
         said.append(
@@ -83,6 +86,8 @@ def _read_yaml(key, path, kinds, said):
     if named not in trainers:
         script = f"{named}.py".replace("-", "_")
         refuse("train.trainer_type", named, f"{path} is for {script}; this script is the trainer {trainers[0]!r}")
+    for name in {"train", "eval"} & layer.keys():
+        refuse(name, None, f"is empty in {path}; leave it out, or write its settings under it")
     for name in ("config", "resume"):  # which are known before any file is read
         if layer.get(name) is not None:
             refuse(name, layer[name], f"cannot be said in {path}; give --{name} on the command line")
@@ -95,7 +100,7 @@ def _flat(settings):
     for name, value in mapping(settings).items():
         if "." in str(name):
             raise ValueError(f"{name!r}: write a section as a mapping of its own, not with a dot")
-        section = name in ("train", "eval")
+        section = name in ("train", "eval") and value is not None
         flat |= {f"{name}.{key}": each for key, each in mapping(value).items()} if section else {str(name): value}
     return flat
 

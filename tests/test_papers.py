@@ -33,11 +33,6 @@ def test_all_steps_may_be_stochastic_and_some_of_them_trained(start, monkeypatch
     assert noisy == [[0, 1, 2]] * 2 and len(trained) == 1
 
 
-def test_the_plan_counts_a_tail_after_all_stochastic_steps():
-    train = grpo.TrainArgs(train_steps=[0, 1], sde_steps="all", tail_steps=1)
-    assert grpo.most_steps(train) == grpo_guard.most_steps(train) == 10
-
-
 def test_the_exact_kl_is_that_of_the_gaussians():  # G5
     generator = torch.Generator().manual_seed(0)
     x, v, v_ref = (torch.randn(3, 4, 5, generator=generator, dtype=torch.float64) for _ in range(3))

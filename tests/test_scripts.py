@@ -100,8 +100,7 @@ def tapes(monkeypatch):
     "options, calls, plan",
     [
         ("--train.train-steps 0", {4}, "          32"),
-        ("--train.train-steps 0 --train.tail-steps 2", {3}, "at most 24"),
-        ("--train.train-steps 0 --train.tail-steps 1", {2}, "at most 16"),
+        ("--train.train-steps 0 --train.tail-steps 2", {3}, "at most 32"),
         ("--train.train-steps 0 1 --train.num-train-steps 1 --train.tail-steps 3", {2, 3, 4}, "at most 32"),
     ],
 )

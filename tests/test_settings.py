@@ -43,19 +43,20 @@ def model(tmp_path):
 def test_precedence(tmp_path, config):
     (tmp_path / "defaults.yaml").write_text(
         "prompts: p.txt\ncall: {a: 1}\ntrain: {group_size: 4, learning_rate: 5e-5, train_steps: [1, 2]}\n"
-        "trainers: {grpo: {train: {noise_level: 0.5}}, nft: {train: {noise_level: 0.1}}}\n"
+        "trainers: {grpo: {call: {c: 3}, train: {noise_level: 0.5}}, nft: {train: {noise_level: 0.1}}}\n"
     )
     text = "train: {group_size: 6, global_std: true, resolution: [32, 48], train_steps: null}\nreward: {mine.py:f: 1}"
     args, said = parse("--model", tmp_path, *config(text), "--train.kl-beta", 0, "--call", "b=two words")
     train = args.train
     assert (train.group_size, train.learning_rate, train.noise_level, train.kl_beta) == (6, 5e-5, 0.5, 0)
     assert train.global_std is True and train.resolution == (32, 48) and train.train_steps is None
-    assert args.call == {"a": 1, "b": "two words"} and Path(args.prompts).resolve() == tmp_path / "p.txt"
+    assert args.call == {"a": 1, "c": 3, "b": "two words"} and Path(args.prompts).resolve() == tmp_path / "p.txt"
     assert said == [
         f"from {os.path.relpath(tmp_path / 'defaults.yaml')}: 3 settings; all are in args.yaml",
         f"from {tmp_path}/c.yaml: train.group_size 6, train.train_steps None, train.global_std True, "
         "train.resolution (32, 48), reward {'mine.py:f': 1.0}",
-        f"from you: call {{'a': 1, 'b': 'two words'}}, model {tmp_path}, train.kl_beta 0.0",
+        f"from you: call {{'a': 1, 'c': 3, 'b': 'two words'}}, model {tmp_path}, train.kl_beta 0.0",
+        f"note: {tmp_path}/c.yaml names rewards of mine.py, whose code will run",
     ]
 
 
@@ -221,6 +222,8 @@ def test_noise_levels_that_do_not_fall_are_refused(refused, levels):
         ("train: {trainer_type: [grpo]}", "trainer_type = ['grpo']", "this script is the trainer 'grpo'"),
         ("resume: runs/other", "resume = 'runs/other'", "give --resume on the command line"),
         ("trainers: {grpo: {config: c.yaml}}", "config = 'c.yaml'", "give --config on the command line"),
+        ("train:", "train = None", "is empty in @; leave it out"),
+        ("trainers: {grpo: {call: 3}}", "--config", "3 should be a mapping"),
         ("train: 3", "--config", "3 should be a mapping"),
         ("- 1", "--config", "[1] should be a mapping"),
         ("trainers: {nft: 3}", "--config", "3 should be a mapping"),
@@ -234,13 +237,17 @@ def test_noise_levels_that_do_not_fall_are_refused(refused, levels):
 def test_refusals_of_a_yaml(refused, config, text, what, remedy):
     words = config(text)
     message = refused(*words)
-    assert what.replace("@", words[1]) in message and remedy in message and "unicode string" not in message
+    assert (
+        what.replace("@", words[1]) in message
+        and remedy.replace("@", words[1]) in message
+        and "unicode string" not in message
+    )
     assert message.count("\n") == 1
 
 
 @pytest.mark.parametrize("section", ["null", "{train: null}", "{train: {3: 4}}"])
 def test_what_a_yaml_says_to_others_does_no_harm(config, section):
-    assert parse(*config(f"train:\ntrainers: {{nft: {section}}}\nreward: null\neval: {{reward: null}}"))
+    assert parse(*config(f"trainers: {{nft: {section}}}\nreward: null\neval: {{reward: null}}"))
 
 
 @pytest.mark.parametrize(
