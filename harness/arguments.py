@@ -1,6 +1,4 @@
-"""The arguments of a script, in four layers: its dataclass < the model folder's defaults.yaml < --config < the command
-line. On --resume the run's own args.yaml takes the place of the model's, and what would change the run is refused.
-"""
+"""A script's arguments: its dataclass < the model's defaults.yaml, or a resumed run's args.yaml < --config < typed."""
 
 import argparse
 import dataclasses
@@ -16,11 +14,10 @@ from harness import fields
 from harness.console import listened_to
 from harness.fields import MAY_CHANGE, fields_of, flatten, mapping, refuse, refusing, set_by
 
-FROM_A_MODEL = (
+FROM_A_MODEL = (  # which may be a stranger's: numbers, words and rewards that are built in
     *("dtype", "cpu_threads", "finetune_type", "lora_rank", "lora_alpha", "target_modules", "prompts", "reward"),
     *("reward_options", "call", "train", "eval"),
 )
-"""What a model folder, which may be a stranger's, can set: numbers, words and rewards that are built in."""
 
 
 def parse_args(Args, description, argv=None):
@@ -30,26 +27,30 @@ def parse_args(Args, description, argv=None):
     for flags in (["--model"], ["--config"], ["--resume"], ["--output-dir", "--output_dir"]):
         parser.add_argument(*flags, nargs="?")  # of one without a value tyro speaks
     given, _ = parser.parse_known_args(argv)
-    kinds, settings, said = fields_of(Args), flatten(Args()), []
+    args, kinds, said = Args(), fields_of(Args), []
     set_by.clear()
     config = _read_yaml("config", given.config, kinds, said) if given.config else {}
-    run = find_run(given.resume, given.output_dir or settings["output_dir"]) if given.resume else None
-    defaults = Path(str(given.model or config.get("model") or settings["model"])) / "defaults.yaml"
-    if run:
-        _lay_over(settings, _read_yaml("resume", run / "args.yaml", kinds, said), run / "args.yaml", kinds)
+    defaults = Path(str(given.model or config.get("model") or args.model)) / "defaults.yaml"
+    if given.resume:
+        places = Path(given.resume), Path(given.output_dir or args.output_dir) / given.resume
+        run = next((folder for folder in places if os.path.isfile(folder / "args.yaml")), None)
+        if not run:
+            refuse("resume", given.resume, f"there is no run: neither {places[0]} nor {places[1]} has an args.yaml")
+        _lay_over(args, _read_yaml("resume", run / "args.yaml", kinds, said), run / "args.yaml")
     elif os.path.isfile(defaults):
-        _lay_over(settings, _read_yaml("model", defaults, kinds, said), defaults, kinds)
-        _check_model_settings(settings, defaults)
-    recorded = dict(settings)
-    _lay_over(settings, config, given.config, kinds)
-    settings["config"] = given.config
+        _lay_over(args, _read_yaml("model", defaults, kinds, said), defaults)
+        _check_model_settings(args, defaults)
+    recorded = flatten(args)
+    _lay_over(args, config, given.config)
+    args.config = given.config
+    below = flatten(args)
     with listened_to():  # --help
-        args = tyro.cli(Args, description=description, args=argv, default=fields.unflatten(Args, settings))
-    _lay_over(settings, {key: value for key, value in flatten(args).items() if value != settings[key]}, "you", kinds)
-    args = fields.unflatten(Args, settings)
-    if run:
+        typed = flatten(tyro.cli(Args, description=description, args=argv, default=args))
+    _lay_over(args, {key: value for key, value in typed.items() if value != below[key]}, "you")
+    if given.resume:
         _check_resumed(args, run, recorded)
         return args, said
+    settings = flatten(args)
     if by_model := [*set_by.values()].count(str(defaults)):
         said.append(f"from {os.path.relpath(defaults)}: {by_model} settings; all are in args.yaml")
     for source in (given.config, "you"):
@@ -65,7 +66,7 @@ def _read_yaml(key, path, kinds, said):
     """{dotted key: value} of a YAML file, with what it says under `trainers` for one of the script's over the rest."""
     trainers = get_args(kinds["train.trainer_type"])  # the script's own, then those whose settings it takes
     with refusing(f"--{key}", str(path)):
-        settings = fields.read_yaml(f"--{key}", path)
+        settings = mapping(fields.from_yaml(fields.read_text(f"--{key}", path)))
         if key == "resume" and not settings:
             raise ValueError("is empty; put back what the run wrote there")
         sections = {name: _flat(section) for name, section in mapping(settings.pop("trainers", None)).items()}
@@ -78,15 +79,13 @@ def _read_yaml(key, path, kinds, said):
                 said.append(f"note: {path} sets {name} for {chosen}, which this script does not have")
     if sections and chosen is None:
         lost = ", ".join(f"{name}: {' '.join(section)}" for name, section in sections.items())
-        said.append(
-            f"note: {path} has settings of their own for trainers ({lost}), none for {trainers[0]!r}; "
-            f"trainer_type: Literal[{trainers[0]!r}, {next(iter(sections))!r}] in the script takes one's"
-        )
+        takes = f"trainer_type: Literal[{trainers[0]!r}, {next(iter(sections))!r}] in the script takes one's"
+        said.append(f"note: {path} has settings of their own for trainers ({lost}), none for {trainers[0]!r}; {takes}")
     named = layer.pop("train.trainer_type", trainers[0])
     if named not in trainers:
         script = f"{named}.py".replace("-", "_")
         refuse("train.trainer_type", named, f"{path} is for {script}; this script is the trainer {trainers[0]!r}")
-    for name in {"train", "eval"} & layer.keys():
+    for name in sorted({"train", "eval"} & layer.keys()):
         refuse(name, None, f"is empty in {path}; leave it out, or write its settings under it")
     for name in ("config", "resume"):  # which are known before any file is read
         if layer.get(name) is not None:
@@ -105,39 +104,32 @@ def _flat(settings):
     return flat
 
 
-def _lay_over(settings, layer, source, kinds):
-    """Put the settings of a layer over those below, in place; `call` is added to, anything else replaced."""
+def _lay_over(args, layer, source):
+    """Set what a layer says; `call` is added to, anything else replaced."""
     set_by.update(dict.fromkeys(layer, str(source)))
-    layer = fields.validated(kinds, layer)
-    settings |= layer | {"call": settings["call"] | layer.get("call", {})}
+    for key, value in fields.validated(fields_of(type(args)), layer).items():
+        section, _, name = key.rpartition(".")
+        setattr(getattr(args, section) if section else args, name, args.call | value if key == "call" else value)
 
 
-def _check_model_settings(settings, path):
+def _check_model_settings(args, path):
     """Refuse what a model folder may not set, and find its prompt files beside it."""
     for key in set_by:
         if key.partition(".")[0] not in FROM_A_MODEL:
-            refuse(key, settings[key], f"cannot be set by a model folder ({path}); say it yourself")
-    asked = settings["reward"] | settings["eval.reward"]
+            refuse(key, flatten(args)[key], f"cannot be set by a model folder ({path}); say it yourself")
+    asked = args.reward | args.eval.reward
     with refusing("reward", asked):
-        rewards.check_untrusted(asked, settings["reward_options"])
-    for key in ("prompts", "eval.prompts"):
-        if settings[key]:
-            settings[key] = os.path.relpath(path.parent / settings[key])
-
-
-def find_run(name, output_dir):
-    """The folder of a run, given itself or its name in output_dir."""
-    for folder in (Path(name), Path(output_dir) / name):
-        if os.path.isfile(folder / "args.yaml"):  # no error, whatever the name
-            return folder
-    refuse("resume", name, f"there is no run: neither {name} nor {Path(output_dir) / name} has an args.yaml")
+        rewards.check_untrusted(asked, args.reward_options)
+    for section in (args, args.eval):
+        if section.prompts:
+            section.prompts = os.path.relpath(path.parent / section.prompts)
 
 
 def began_with(run):
     """The environment that a run began in, from its folder."""
     path = run / "environment.yaml"
     with refusing("--resume", str(path)):
-        began = fields.read_yaml("--resume", path)
+        began = mapping(fields.from_yaml(fields.read_text("--resume", path)))
         known = began | mapping(began.get("files"))
         if missing := {"folder", "started", "prompts", "eval.prompts", "script"} - known.keys():
             raise ValueError(f"does not say {min(missing)!r} of the run's beginning; put back what the run wrote there")
@@ -148,9 +140,8 @@ def _check_resumed(args, run, recorded):
     """Refuse what would change a resumed run; name it as it was begun, from the folder that it was begun in."""
     kinds = fields_of(type(args))
     for key, value in flatten(args).items():
-        path = value and key.endswith(("prompts", "model"))  # recorded as an absolute one
-        same = recorded[key] in (value, os.path.realpath(value) if path else value)
-        if not same and MAY_CHANGE not in get_args(kinds[key]):
+        absolute = os.path.realpath(value) if value and key.endswith(("prompts", "model")) else value  # as recorded
+        if recorded[key] not in (value, absolute) and MAY_CHANGE not in get_args(kinds[key]):
             refuse(key, value, f"{run} was begun with {recorded[key]!r}, and this would change it; leave it out")
     if args.run_name not in (None, run.name):
         refuse("run_name", args.run_name, f"--resume continues {run} under its own name; leave it out")

@@ -1,12 +1,10 @@
 """What relates several settings, and the model that they are for: refused before any weights are loaded."""
 
 import difflib
-import functools
 import importlib.util
 import inspect
 import itertools
 import math
-import operator
 import os
 import re
 from pathlib import Path
@@ -20,18 +18,17 @@ from common import candidate_steps, height_width
 from harness.adapters import saved_file
 from harness.console import quiet
 from harness.data import check_rows, read_rows
-from harness.fields import refuse, refusing
+from harness.fields import flatten, refuse, refusing
 from harness.flow_models import no_rectified_flow
 from harness.parallel import world_size
 from harness.run import is_unused
 from harness.settings import QUANTIZED
 
-SET_BY_THE_SCRIPT = (
+SET_BY_THE_SCRIPT = (  # arguments of the pipeline that --call cannot set
     *("prompt", "height", "width", "num_inference_steps", "guidance_scale", "generator", "latents"),
     *("num_images_per_prompt", "num_videos_per_prompt", "output_type", "return_dict"),
     *("prompt_2", "prompt_3", "prompt_4"),  # of each prompt, which they are by default
 )
-"""Arguments of the pipeline that --call cannot set."""
 
 
 def check_args(args):
@@ -46,7 +43,7 @@ def check_args(args):
 def require(holds, args, key, remedy):
     """Refuse the value of a dotted key where what must hold does not."""
     if not holds:
-        refuse(key, operator.attrgetter(key)(args), remedy)
+        refuse(key, flatten(args)[key], remedy)
 
 
 def check_steps(args):
@@ -74,8 +71,7 @@ def check_batches(args):
     require(images % batch == 0, args, "train.per_device_batch_size", f"does not divide {what}; {nearest} would")
     calls = images // batch
     good = [u for u in range(1, calls + 1) if calls % u == 0]
-    what = f"the {calls} pipeline calls of an epoch{each} (its images / per_device_batch_size)"
-    remedy = f"does not divide {what}; one of {good} would, or another train.per_device_batch_size"
+    remedy = f"must divide the {calls} pipeline calls of an epoch{each}: one of {good}, or change per_device_batch_size"
     require(train.gradient_step_per_epoch in good, args, "train.gradient_step_per_epoch", remedy)
 
 
@@ -86,6 +82,7 @@ def check_machine(args):
     require(several and full or not args.shard, args, "shard", remedy)
     require(not (args.shard and args.offload), args, "offload", "does not go with --shard; leave one of them out")
     require(not (full and args.lora), args, "lora", "has adapters, and --finetune-type full trains none; leave one out")
+    require(not (full and args.quantize), args, "quantize", "is of frozen weights, which only --finetune-type lora has")
     if args.lora:
         with refusing("lora", args.lora):
             saved_file(args.lora)
@@ -93,18 +90,16 @@ def check_machine(args):
     require(not shared, args, "device", "each process has a device of its own; auto, cuda or cpu would do")
     with refusing("device", args.device, RuntimeError, AssertionError):
         torch.zeros(1, device="cpu" if args.device == "auto" else args.device).cpu()  # which one without memory refuses
-    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if several and gpus and args.device != "cpu" and local > gpus:
+    gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if several and 0 < gpus < local:
         refuse("--nproc-per-node", local, f"each process takes a GPU, and this machine has {gpus}")
-    frozen = not args.quantize or args.finetune_type != "full"
-    require(frozen, args, "quantize", "is of frozen weights, and full fine-tuning has none; lora would do")
     packages = {"track": "wandb", "tensorboard": "tensorboard"}
     packages |= {key: QUANTIZED.get(getattr(args, key)) for key in ("quantize", "quantize_text")}
     for key, package in packages.items():
         there = not getattr(args, key) or importlib.util.find_spec(package)
         require(there, args, key, f"needs the package {package}: pip install {package}")
-        runs = getattr(args, key) != "nf4" or gpus and args.device != "cpu"
-        require(runs, args, key, "needs a GPU in diffusers; int8 or fp8 would do")
+        require(getattr(args, key) != "nf4" or gpus, args, key, "needs a GPU in diffusers; int8 or fp8 would do")
 
 
 def check_run_folder(args):
@@ -112,26 +107,24 @@ def check_run_folder(args):
     name, folder = args.run_name, Path(args.output_dir) / (args.run_name or "")
     is_name = name is None or name not in ("", "..") and Path(name).name == name and name.isprintable()
     require(is_name, args, "run_name", "must be the printable name of a folder, without a path")
-    free = not os.path.exists(folder) or folder.is_dir() and not any(folder.iterdir()) or is_unused(folder)
-    require(free or not name or args.resume, args, "run_name", f"{folder} already holds a run; choose another name")
+    free = not name or args.resume or not os.path.exists(folder) or is_unused(folder)
+    require(free, args, "run_name", f"{folder} already holds a run; choose another name")
 
 
 def check_prompts_and_rewards(args, takes):
     """Refuse data that is not there or not used, rewards that are none, and prompts that a reward cannot score."""
     require(args.prompts, args, "prompts", "name a text file of training prompts, one a line")
-    asked = {**args.reward, **args.eval.reward}
-    with refusing("reward", args.reward):
-        rewards.check_rewards(args.reward)
-    with refusing("eval.reward", args.eval.reward):
-        rewards.check_rewards(asked)
+    asked, settings = args.reward | args.eval.reward, flatten(args)
+    evaluated = "eval.prompts" if args.eval.prompts else "prompts"
+    for key, named, file in (("reward", args.reward, "prompts"), ("eval.reward", asked, evaluated)):
+        with refusing(key, settings[key]):
+            rewards.check_rewards(named)
+        rows = read_rows(settings[file], file)
+        check_rows(rows, settings[file], file, takes, rewards.takes_rows(named))
+        with refusing(file, settings[file]):
+            rewards.check_rewards(named, [row["prompt"] for row in rows], rows=rows)
     with refusing("reward_options", args.reward_options):
         rewards.check_rewards(asked, options=args.reward_options)
-    evaluated = ("eval.prompts", args.eval.prompts) if args.eval.prompts else ("prompts", args.prompts)
-    for key, path, named in (("prompts", args.prompts, args.reward), (*evaluated, asked)):
-        rows = read_rows(path, key)
-        check_rows(rows, path, key, takes, rewards.takes_rows(named))
-        with refusing(key, path):
-            rewards.check_rewards(named, [row["prompt"] for row in rows], rows=rows)
 
 
 def check_model(args):
@@ -140,8 +133,8 @@ def check_model(args):
         index = DiffusionPipeline.load_config(args.model)
         scheduler = (index.get("scheduler") or [None, None])[1]
         flow = FlowMatchEulerDiscreteScheduler.load_config(args.model, subfolder="scheduler") if scheduler else {}
-        config_of = functools.partial(AutoencoderKL.load_config, args.model)  # of any class
-        vae, denoiser = (config_of(subfolder=name) if name in index else {} for name in ("vae", "transformer"))
+        load = AutoencoderKL.load_config  # of any class
+        vae, denoiser = (load(args.model, subfolder=n) if n in index else {} for n in ("vae", "transformer"))
         wrong = no_rectified_flow(scheduler, flow)
     except Exception as error:  # the hub client raises many kinds, and files that are not diffusers' others
         wrong = f"no diffusers folder or hub id, or not readable ({type(error).__name__}: {error})".partition("\n")[0]
@@ -196,6 +189,6 @@ def check_resolutions(args, vae, denoiser):
     multiple = 2 ** (len(vae["block_out_channels"]) - 1) * patch
     most = (denoiser.get("pos_embed_max_size") or math.inf) * multiple
     for key in ("train.resolution", "eval.resolution"):
-        sides = height_width(operator.attrgetter(key)(args))
+        sides = height_width(flatten(args)[key])
         require(not any(side % multiple for side in sides), args, key, f"must be multiples of {multiple} pixels")
         require(max(sides) <= most, args, key, f"this model takes at most {most} pixels a side")

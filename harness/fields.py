@@ -1,8 +1,4 @@
-"""Types and bounds of settings: what is written beside a field is what is checked, whichever way its value came.
-
-A field is annotated with its type and bounds, and with MAY_CHANGE if --resume accepts another value; pydantic checks
-them. `refuse` ends a script with one line that names the key, the value and what would do, and exit status 2.
-"""
+"""Types and bounds of settings: pydantic checks what is written beside a field, whichever way its value came."""
 
 import dataclasses
 import difflib
@@ -23,7 +19,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from torch.utils._pytree import tree_leaves
 
-MAY_CHANGE = "may change on --resume"
+MAY_CHANGE = "may change on --resume"  # beside the type of a field
 FINITE = ConfigDict(allow_inf_nan=False, coerce_numbers_to_str=True)
 Name = Annotated[str, Field(min_length=1)]  # also no text that is not Unicode, which no file could keep
 Count = Annotated[int, Field(ge=1)]
@@ -38,7 +34,7 @@ set_by = {}  # {dotted key: the file that set it, or "you"}, so that a refusal c
 
 
 def refuse(key, value, remedy) -> NoReturn:
-    """End the program with one readable message and exit status 2."""
+    """End the program with one line that names the key, the value and what would do, and exit status 2."""
     if int(os.environ.get("LOCAL_RANK", 0)):
         time.sleep(10)  # the first process of this machine says the same, and torchrun ends this one then
     source = set_by.get(key, "you")
@@ -61,12 +57,6 @@ def read_text(key, path):
         if Path(path).exists() and not Path(path).is_file():
             raise ValueError("is a folder or a device; name a file")
         return Path(path).read_text(encoding="utf-8-sig")
-
-
-def read_yaml(key, path):
-    """The mapping in a YAML file."""
-    with refusing(key, str(path)):
-        return mapping(from_yaml(read_text(key, path)))
 
 
 for kind in (yaml.SafeLoader, yaml.SafeDumper):  # 1e-4 is a number in YAML 1.2, and a string in 1.1, which PyYAML reads
@@ -140,15 +130,6 @@ def fields_of(cls, prefix=""):
 def flatten(args):
     """{dotted key: value} of a dataclass and of the dataclasses in it."""
     return {key: operator.attrgetter(key)(args) for key in fields_of(type(args))}
-
-
-def unflatten(cls, flat):
-    """The instance of a dataclass of which `flatten` makes {dotted key: value}."""
-    args = cls()
-    for key, value in flat.items():
-        section, _, name = key.rpartition(".")
-        setattr(getattr(args, section) if section else args, name, value)
-    return args
 
 
 def pairs(value_type):

@@ -208,10 +208,10 @@ def test_what_a_pipeline_cannot_do_with_a_call_is_refused_in_its_words(start, tm
 def test_a_fault_in_a_pipeline_that_is_not_the_calls_is_shown_whole(start, monkeypatch, epoch, options):
     """In an evaluation after training, or of a pipeline that was given no more than the model's own."""
 
-    def log_and_spoil(run, row, log=harness_run.Run.log):
-        if row["epoch"] == epoch:
+    def log_and_spoil(run, now, columns, log=harness_run.Run.log):
+        if now == epoch:
             monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", None)
-        log(run, row)
+        log(run, now, columns)
 
     monkeypatch.setattr(harness_run.Run, "log", log_and_spoil)
     with handlers_kept(), pytest.raises(TypeError, match="not callable") as raised:
@@ -221,9 +221,9 @@ def test_a_fault_in_a_pipeline_that_is_not_the_calls_is_shown_whole(start, monke
 
 def test_every_process_knows_the_rows(monkeypatch):
     """By which it tells whether something was trained."""
-    run = SimpleNamespace(started=0, rows=[], skipped=0)
+    run = SimpleNamespace(args=grpo.Args(), started=0, rows=[], skipped=0)
     monkeypatch.setattr(harness_run, "rank", lambda: 1)
-    harness_run.Run.log(run, {"epoch": 1, "images": 2})
+    harness_run.Run.log(run, 1, {})
     assert len(run.rows) == 1
 
 
