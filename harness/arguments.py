@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import os
-import sys
 from pathlib import Path
 from typing import get_args
 
@@ -22,7 +21,6 @@ FROM_A_MODEL = (  # which may be a stranger's: numbers, words and rewards that a
 
 def parse_args(Args, description, argv=None):
     """An instance of the dataclass Args, and lines that say which settings are not the script's own."""
-    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of what decides what else is read
     for flags in (["--model"], ["--config"], ["--resume"], ["--output-dir", "--output_dir"]):
         parser.add_argument(*flags, nargs="?")  # of one without a value tyro speaks
@@ -48,7 +46,7 @@ def parse_args(Args, description, argv=None):
         typed = flatten(tyro.cli(Args, description=description, args=argv, default=args))
     _lay_over(args, {key: value for key, value in typed.items() if value != below[key]}, "you")
     if given.resume:
-        _check_resumed(args, run, recorded)
+        _check_resumed(args, run, recorded, kinds)
         return args, said
     settings = flatten(args)
     if by_model := [*set_by.values()].count(str(defaults)):
@@ -136,9 +134,8 @@ def began_with(run):
     return began
 
 
-def _check_resumed(args, run, recorded):
+def _check_resumed(args, run, recorded, kinds):
     """Refuse what would change a resumed run; name it as it was begun, from the folder that it was begun in."""
-    kinds = fields_of(type(args))
     for key, value in flatten(args).items():
         absolute = os.path.realpath(value) if value and key.endswith(("prompts", "model")) else value  # as recorded
         if recorded[key] not in (value, absolute) and MAY_CHANGE not in get_args(kinds[key]):

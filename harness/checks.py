@@ -90,8 +90,7 @@ def check_machine(args):
     require(not shared, args, "device", "each process has a device of its own; auto, cuda or cpu would do")
     with refusing("device", args.device, RuntimeError, AssertionError):
         torch.zeros(1, device="cpu" if args.device == "auto" else args.device).cpu()  # which one without memory refuses
-    gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus, local = args.device != "cpu" and torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if several and 0 < gpus < local:
         refuse("--nproc-per-node", local, f"each process takes a GPU, and this machine has {gpus}")
     packages = {"track": "wandb", "tensorboard": "tensorboard"}
@@ -157,22 +156,22 @@ def check_model(args):
 def check_call(args, pipeline, takes):
     """Refuse arguments that the script sets, or that a pipeline, which takes {name: annotation}, does not take so."""
     for key, value in args.call.items():
-        kind = takes.get(key, "")
+        kind, near = takes.get(key, ""), difflib.get_close_matches(key, takes, n=1, cutoff=0)[0]
         full = None if value is None else {"sigmas": 1, "timesteps": 1000}.get(key)
-        if key in SET_BY_THE_SCRIPT:
-            remedy = "is set by the script; see --train and --eval for what can be changed"
-        elif full and not _falls(value, full, {args.train.num_inference_steps, args.eval.num_inference_steps}):
-            remedy = f"must be numbers, as many as training and evaluation have steps, falling from near {full} to > 0"
-        elif key not in takes:
-            near = difflib.get_close_matches(key, takes, n=1, cutoff=0)
-            remedy = f"{pipeline} takes no such argument; did you mean {near[0]}?"
-        elif re.search("Tensor|Callable", kind) and "float" not in kind:  # nor a list[float] instead
-            remedy = "takes a tensor or a function, which cannot be written down; leave it out"
-        elif isinstance(value, str) and not re.search("str|Any|_empty", kind):
-            remedy = f"{pipeline} takes {kind} there"
-        else:
-            continue
-        refuse("call", f"{key}={value}", remedy)
+        falls = full and _falls(value, full, {args.train.num_inference_steps, args.eval.num_inference_steps})
+        writable = "float" in kind or not re.search("Tensor|Callable", kind)
+        for holds, remedy in (
+            (key not in SET_BY_THE_SCRIPT, "is set by the script; see --train and --eval for what can be changed"),
+            (
+                falls or not full,
+                f"must be numbers, as many as train and eval have steps, falling from near {full} to > 0",
+            ),
+            (key in takes, f"{pipeline} takes no such argument; did you mean {near}?"),
+            (writable, "takes a tensor or a function, which cannot be written down; leave it out"),
+            (not isinstance(value, str) or re.search("str|Any|_empty", kind), f"{pipeline} takes {kind} there"),
+        ):
+            if not holds:
+                refuse("call", f"{key}={value}", remedy)
 
 
 def _falls(levels, full, counts):

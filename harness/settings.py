@@ -10,6 +10,7 @@ from dynamics import SOLVERS
 from harness.fields import MAY_CHANGE, Count, Decay, Name, NotNegative, Positive, Resolution, Seed, Size, pairs
 
 HERE = Path(__file__).resolve().parent.parent
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 QUANTIZED = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao"}  # by an optional package
 
 
@@ -22,8 +23,7 @@ class TrainArgs:
     group_size: Annotated[int, Field(ge=2, le=1000)] = 24
     """Images of each prompt; their rewards are compared with one another, so that one alone would have advantage 0."""
     per_device_batch_size: Count = 12
-    """Images in one call of the pipeline, in sampling and training alike. Where it divides group_size, groups of equal
-    rewards cost no training (without a KL), and same_init_noise shares the steps before the noise."""
+    """Images in one call; a divisor of group_size saves work on groups of equal rewards and with same_init_noise."""
     resolution: Resolution = 512
     """Pixels in training: one side of a square, or height and width."""
     num_inference_steps: Size = 10
@@ -106,17 +106,14 @@ class RunArgs:
     """Rank of the adapters."""
     lora_alpha: Positive = 64.0
     """Scale of the adapters: they add alpha / rank times their product."""
-    target_modules: tuple[str, ...] = (
-        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-    )  # fmt: skip
+    target_modules: tuple[str, ...] = PROJECTIONS
     """Names of the linear layers that get adapters: the attention projections, or all-linear."""
     shard: bool = False
     """Full fine-tuning of a model that one GPU cannot hold: each process keeps a share of what is trained (FSDP2)."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the frozen weights and the arithmetic. Trained parameters are always float32."""
     quantize: Optional[Literal[tuple(QUANTIZED)]] = None
-    """Keep the denoiser's frozen weights in 4 or 8 bits, under float32 adapters: nf4 by bitsandbytes, on a GPU; int8
-    and fp8 by torchao. Arithmetic stays in dtype."""
+    """Keep the denoiser's frozen weights in 4 or 8 bits: nf4 by bitsandbytes, on a GPU; int8 and fp8 by torchao."""
     quantize_text: Optional[Literal[tuple(QUANTIZED)]] = None
     """The same of the text encoders."""
     device: Annotated[str, MAY_CHANGE] = "auto"
