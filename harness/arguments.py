@@ -41,10 +41,9 @@ def parse_args(Args, description, argv=None):
     recorded = flatten(args)
     _lay_over(args, config, given.config)
     args.config = given.config
-    below = flatten(args)
     with listened_to():  # --help
         typed = flatten(tyro.cli(Args, description=description, args=argv, default=args))
-    _lay_over(args, {key: value for key, value in typed.items() if value != below[key]}, "you")
+    _lay_over(args, {key: value for key, value in typed.items() if value != flatten(args)[key]}, "you")
     if given.resume:
         _check_resumed(args, run, recorded, kinds)
         return args, said

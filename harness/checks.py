@@ -4,7 +4,6 @@ import difflib
 import importlib.util
 import inspect
 import itertools
-import math
 import os
 import re
 from pathlib import Path
@@ -24,10 +23,10 @@ from harness.parallel import world_size
 from harness.run import is_unused
 from harness.settings import QUANTIZED
 
-SET_BY_THE_SCRIPT = (  # arguments of the pipeline that --call cannot set
+SET_BY_THE_SCRIPT = (  # arguments of the pipeline that --call cannot set; prompt_2 to 4 are each prompt by default
     *("prompt", "height", "width", "num_inference_steps", "guidance_scale", "generator", "latents"),
     *("num_images_per_prompt", "num_videos_per_prompt", "output_type", "return_dict"),
-    *("prompt_2", "prompt_3", "prompt_4"),  # of each prompt, which they are by default
+    *("prompt_2", "prompt_3", "prompt_4"),
 )
 
 
@@ -53,8 +52,7 @@ def check_steps(args):
     require(steps and steps == sorted({*steps} & {*range(last + 1)}), args, "train.train_steps", remedy)
     remedy = f"must be 1 to {len(steps)}, or None: train.train_steps has the candidates {steps}"
     require(train.num_train_steps in (None, *range(1, len(steps) + 1)), args, "train.num_train_steps", remedy)
-    cps = train.dynamics_type == "CPS"
-    require(not cps or train.noise_level <= 1, args, "train.noise_level", "CPS takes at most 1, all noise afresh")
+    require(train.dynamics_type != "CPS" or train.noise_level <= 1, args, "train.noise_level", "CPS takes at most 1")
 
 
 def check_batches(args):
@@ -93,9 +91,8 @@ def check_machine(args):
     gpus, local = args.device != "cpu" and torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if several and 0 < gpus < local:
         refuse("--nproc-per-node", local, f"each process takes a GPU, and this machine has {gpus}")
-    packages = {"track": "wandb", "tensorboard": "tensorboard"}
-    packages |= {key: QUANTIZED.get(getattr(args, key)) for key in ("quantize", "quantize_text")}
-    for key, package in packages.items():
+    quantized = {key: QUANTIZED.get(getattr(args, key)) for key in ("quantize", "quantize_text")}
+    for key, package in {"track": "wandb", "tensorboard": "tensorboard", **quantized}.items():
         there = not getattr(args, key) or importlib.util.find_spec(package)
         require(there, args, key, f"needs the package {package}: pip install {package}")
         require(getattr(args, key) != "nf4" or gpus, args, key, "needs a GPU in diffusers; int8 or fp8 would do")
@@ -140,11 +137,10 @@ def check_model(args):
         if os.path.exists(f"{args.model}/args.yaml"):  # no error, however long the name
             wrong = "a run's folder; docs/runs.md says how its weights are used"
     require(not wrong, args, "model", wrong)
-    named = args.pipeline or str(index.get("_class_name"))
+    named, key = (args.pipeline, "pipeline") if args.pipeline else (str(index.get("_class_name")), "model")
     with quiet():
         pipeline = getattr(diffusers, named, None)
     known = inspect.isclass(pipeline) and issubclass(pipeline, DiffusionPipeline)
-    key = "pipeline" if args.pipeline else "model"
     require(known, args, key, f"its class {named!r} is no pipeline of diffusers {diffusers.__version__}")
     _, *takes = inspect.signature(pipeline.__call__).parameters.values()  # after self
     takes = {parameter.name: inspect.formatannotation(parameter.annotation) for parameter in takes}
@@ -155,17 +151,17 @@ def check_model(args):
 
 def check_call(args, pipeline, takes):
     """Refuse arguments that the script sets, or that a pipeline, which takes {name: annotation}, does not take so."""
+    steps = {args.train.num_inference_steps, args.eval.num_inference_steps}
     for key, value in args.call.items():
         kind, near = takes.get(key, ""), difflib.get_close_matches(key, takes, n=1, cutoff=0)[0]
         full = None if value is None else {"sigmas": 1, "timesteps": 1000}.get(key)
-        falls = full and _falls(value, full, {args.train.num_inference_steps, args.eval.num_inference_steps})
+        levels = value if isinstance(value, list) and {type(n) for n in value} <= {int, float} else []
+        falling = {len(levels)} == steps and all(a > b for a, b in itertools.pairwise([*levels, 0]))
+        fits = not full or falling and 0.9 * full <= levels[0] <= full
         writable = "float" in kind or not re.search("Tensor|Callable", kind)
         for holds, remedy in (
             (key not in SET_BY_THE_SCRIPT, "is set by the script; see --train and --eval for what can be changed"),
-            (
-                falls or not full,
-                f"must be numbers, as many as train and eval have steps, falling from near {full} to > 0",
-            ),
+            (fits, f"must be numbers, as many as train and eval have steps, falling from near {full} to > 0"),
             (key in takes, f"{pipeline} takes no such argument; did you mean {near}?"),
             (writable, "takes a tensor or a function, which cannot be written down; leave it out"),
             (not isinstance(value, str) or re.search("str|Any|_empty", kind), f"{pipeline} takes {kind} there"),
@@ -174,19 +170,13 @@ def check_call(args, pipeline, takes):
                 refuse("call", f"{key}={value}", remedy)
 
 
-def _falls(levels, full, counts):
-    """Whether noise levels are so many numbers, falling from about full to above 0."""
-    numbers = isinstance(levels, list) and {len(levels)} == counts and all(type(n) in (int, float) for n in levels)
-    return numbers and 0.9 * full <= levels[0] <= full and all(a > b for a, b in itertools.pairwise([*levels, 0]))
-
-
 def check_resolutions(args, vae, denoiser):
     """Refuse sides that are no multiple of a latent patch, or too long for the position embedding, by their configs."""
     patch = denoiser.get("patch_size") or 1
     if "block_out_channels" not in vae or not isinstance(patch, int):
         return  # the pipeline's own check speaks at the first call
     multiple = 2 ** (len(vae["block_out_channels"]) - 1) * patch
-    most = (denoiser.get("pos_embed_max_size") or math.inf) * multiple
+    most = (denoiser.get("pos_embed_max_size") or float("inf")) * multiple
     for key in ("train.resolution", "eval.resolution"):
         sides = height_width(flatten(args)[key])
         require(not any(side % multiple for side in sides), args, key, f"must be multiples of {multiple} pixels")

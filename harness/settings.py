@@ -119,11 +119,9 @@ class RunArgs:
     device: Annotated[str, MAY_CHANGE] = "auto"
     """A torch device; auto takes the GPU if there is one."""
     compile: bool = False
-    """Compile the denoiser's blocks and the VAE's decoder, and sample by CUDA graphs (not with gradient checkpointing):
-    a minute at the start, then 1.4 to 2 times as fast on a GPU; slower on a CPU."""
+    """Compile denoiser and VAE decoder: a minute at first, then 1.4 to 2 times as fast on a GPU; slower on a CPU."""
     cudnn_attention: bool = False
-    """Let torch choose cuDNN's attention, the fastest on Hopper GPUs, for models like SD3.5. With FLUX it crashes
-    (torch 2.11, H200), and under some masks it gives NaN (github.com/pytorch/pytorch/issues/196678)."""
+    """Let torch choose cuDNN's attention: fastest on Hopper GPUs; FLUX crashes, some masks give NaN (torch #196678)."""
     offload: Annotated[bool, MAY_CHANGE] = False
     """Keep text encoders and VAE on the CPU, each on the device only while it works."""
     vae_tiling: bool = False
