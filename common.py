@@ -747,7 +747,7 @@ def average_clip_step(run, optimizer, policy, update, max_grad_norm):
     if finite:
         torch.nn.utils.clip_grads_with_norm_(policy.values(), max_grad_norm, norm)
         optimizer.step()
-        run.took_update()
+        run.skipped_in_a_row = 0
     else:
         parts = {name: torch.stack(values) for name, values in update.values.items()}
         parts |= {f"the gradient of {name}": p.grad for name, p in policy.items() if p.grad is not None}

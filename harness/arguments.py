@@ -10,7 +10,6 @@ import tyro
 
 import rewards
 from harness import fields
-from harness.console import listened_to
 from harness.fields import MAY_CHANGE, fields_of, flatten, mapping, refuse, refusing, set_by
 
 FROM_A_MODEL = (  # which may be a stranger's: numbers, words and rewards that are built in
@@ -41,8 +40,7 @@ def parse_args(Args, description, argv=None):
     recorded = flatten(args)
     _lay_over(args, config, given.config)
     args.config = given.config
-    with listened_to():  # --help
-        typed = flatten(tyro.cli(Args, description=description, args=argv, default=args))
+    typed = flatten(tyro.cli(Args, description=description, args=argv, default=args))
     _lay_over(args, {key: value for key, value in typed.items() if value != flatten(args)[key]}, "you")
     if given.resume:
         _check_resumed(args, run, recorded, kinds)

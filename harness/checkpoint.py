@@ -23,22 +23,18 @@ from harness.parallel import first_not_finite, gather, rank
 @contextmanager
 def atomic_file(path):
     """A text file to write, which then takes the place of what was there before."""
-    with open(temporary(path), "w", encoding="utf-8", newline="") as file:
+    new = path.with_name(f"{path.name}.tmp")
+    with open(new, "w", encoding="utf-8", newline="") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())  # what takes its place is on the disk
-    os.replace(temporary(path), path)
-
-
-def temporary(path):
-    """Where a file or folder is until it is complete."""
-    return path.with_name(f"{path.name}.tmp")
+    os.replace(new, path)
 
 
 @contextmanager
 def atomic_folder(folder):
     """An empty folder to fill, which then takes the place of `folder`; where that fails nothing of it is left."""
-    new = temporary(folder)
+    new = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:

@@ -1,7 +1,6 @@
 """--compile: the denoiser's blocks and the VAE's decoder compiled, and sampling by CUDA graphs."""
 
 import functools
-import time
 import warnings
 
 import torch
@@ -10,7 +9,7 @@ from diffusers import AutoencoderKL
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from harness.parallel import rank, recording
+from harness.parallel import recording
 from harness.sharded import repeated_blocks
 
 
@@ -20,7 +19,6 @@ def compile_blocks(denoiser):
     What is compiled for gradients rounds in other places than what is compiled without. So sampling runs the code of
     training too, and forgets the activations after each call of the network: else the ratio is not 1 in bfloat16.
     """
-    announce()
     torch._dynamo.config.recompile_limit = 64  # kinds of blocks x shapes
     torch._functorch.config.activation_memory_budget = 0.9  # what is quick to compute again is not kept for training
     for block in repeated_blocks(denoiser, "compile"):
@@ -39,23 +37,6 @@ def compile_blocks(denoiser):
         return (forward if torch.is_grad_enabled() else recorded)(*args, **kwargs)
 
     denoiser.forward = forward_or_record
-
-
-@functools.cache
-def announce():
-    """Say what the first calls wait for; the next start finds most of it where torch keeps compiled code."""
-    begun = []
-
-    @torch._dynamo.on_compile_start
-    def start(_):
-        if not begun and rank() == 0:
-            print("compiling, while the first images and the first update wait for it ...", flush=True)
-        begun.append(time.perf_counter())
-
-    @torch._dynamo.on_compile_end
-    def end(_):
-        if rank() == 0:
-            print(f"compiled part {len(begun)} in {time.perf_counter() - begun[-1]:.1f} s", flush=True)
 
 
 def compile_decoder(pipe):
@@ -102,24 +83,19 @@ class RecordedForward:
 
     @functools.cached_property
     def tensors(self):
-        """The network's parameters and buffers; looked up once, since that takes as long as a small network's call."""
-        return [*self.network.parameters(), *self.network.buffers()]
-
-    @functools.cached_property
-    def on_one_gpu(self):
-        """Whether the network is on one GPU, all of it."""
-        places = {None if isinstance(t, DTensor) else t.device for t in self.tensors}
-        return len(places) == 1 and places.pop() == torch.device("cuda", torch.cuda.current_device())
+        """The network's parameters and buffers, if all of it is on one GPU, or else none; looked up once, since that
+        takes as long as a small network's call.
+        """
+        tensors = [*self.network.parameters(), *self.network.buffers()]
+        places = {None if isinstance(t, DTensor) else t.device for t in tensors}
+        return tensors if places == {torch.device("cuda", torch.cuda.current_device())} else []
 
     def key(self, leaves, tree):
         """What a call is known by; None if it cannot be recorded."""
         given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         fixed = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
-        if (
-            any(type(leaf) not in self.PLAIN for leaf in fixed)
-            or not all(t.is_cuda for t in given)
-            or not self.on_one_gpu
-        ):
+        plain = all(type(leaf) in self.PLAIN for leaf in fixed)
+        if not plain or not all(t.is_cuda for t in given) or not self.tensors:
             return None
         tensors = tuple((t.shape, t.stride(), t.dtype) for t in given)
         mode = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), self.network.training

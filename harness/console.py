@@ -1,8 +1,5 @@
 """What a script says and leaves unsaid on the console."""
 
-import os
-import signal
-import sys
 from contextlib import contextmanager
 
 import diffusers
@@ -10,19 +7,6 @@ import transformers
 from tqdm import tqdm
 
 from harness.parallel import rank, world_size
-
-
-@contextmanager
-def listened_to(last_words=None):
-    """Around what prints: where nobody reads it any more, as after `| head`, the script ends, with its last words."""
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()  # not at the interpreter's end
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left
-        raise SystemExit(last_words or 128 + getattr(signal, "SIGPIPE", 13)) from None
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import sys
 import textwrap
 import traceback
 from contextlib import suppress
@@ -30,7 +31,15 @@ def start(main):
         signal.signal(number, _interrupt)
     with processes():
         try:
-            main()
+            try:
+                main()
+            finally:
+                sys.stdout.flush()  # not at the interpreter's end
+        except BrokenPipeError:  # nobody reads it, as after `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left
+            line = "error: nobody reads the output any more; continue with:"
+            last_words = f"{line} {Run.current.command}" if Run.current else 128 + getattr(signal, "SIGPIPE", 13)
+            raise SystemExit(last_words) from None
         except Exception as error:
             run = Run.current
             if run is None:

@@ -1,6 +1,4 @@
-"""Scoring images while the next are made, what they look like, and the evaluation: the plain pipeline under its own
-ODE, on fixed prompts and fixed noise; and the pictures of it: a grid of images, and the curve.
-"""
+"""Scoring images while the next are made; the evaluation, on fixed prompts and fixed noise; its grid and curve."""
 
 import importlib.util
 import math
@@ -66,17 +64,12 @@ class Scoring:
 
 
 def epoch_metrics(scores, statistics, group_size):
-    """The metrics of an epoch's images; some show a run going wrong before its reward does.
-
-    zero_std: share of groups whose rewards are all equal; group_spread: how different a group's images are.
-    """
+    """The metrics of an epoch's images; zero_std is the share of groups whose rewards are all equal."""
     groups = scores["total"].reshape(-1, group_size)
-    return {
-        **{f"reward/{name}": value.mean() for name, value in scores.items()},
-        "reward_std": groups.std(dim=1, correction=0).mean(),
-        "zero_std": (groups == groups[:, :1]).all(dim=1).float().mean(),
-        **statistics,
-    }
+    metrics = {f"reward/{name}": value.mean() for name, value in scores.items()}
+    metrics["reward_std"] = groups.std(dim=1, correction=0).mean()
+    metrics["zero_std"] = (groups == groups[:, :1]).all(dim=1).float().mean()
+    return metrics | statistics
 
 
 def image_statistics(images):
@@ -117,7 +110,7 @@ def evaluate(pipe, args, rows, reward):
     rows = [row for row in rows for _ in range(each)]
     prompts = [row["prompt"] for row in rows]
     noise = generators(*((args.eval.seed, i) for i in range(len(prompts))))
-    scoring, shown = Scoring(reward, each, image_statistics), dict.fromkeys(evenly(len(prompts), SHOWN))
+    scoring, shown, to_show = Scoring(reward, each, image_statistics), {}, evenly(len(prompts), SHOWN)
     length = args.eval.per_device_batch_size
     runs = range(0, len(prompts), math.lcm(length, each))  # of whole calls and of all images of a prompt
     starts = [start for run in local_shard(runs) for start in range(run, min(run + runs.step, len(prompts)), length)]
@@ -135,12 +128,10 @@ def evaluate(pipe, args, rows, reward):
             continue
         scoring.add(images, given)
         for i, image in enumerate(images, start):
-            if i in shown:
-                frames = image[evenly(len(image), FRAMES)] if image.ndim == 4 else image[None]
-                shown[i] = pixels(frames)
+            if i in to_show:
+                shown[i] = pixels(image[evenly(len(image), FRAMES)] if image.ndim == 4 else image[None])
     scores, statistics = scoring.finish()
-    parts = gather({i: frames for i, frames in shown.items() if frames is not None})
-    shown = {i: frames for part in parts for i, frames in part.items()}
+    shown = {i: frames for part in gather(shown) for i, frames in part.items()}
     scores = {name: value.cpu() for name, value in scores.items()}
     return prompts, scores, {name: mean.item() for name, mean in statistics.items()}, shown
 

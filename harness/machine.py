@@ -8,7 +8,7 @@ import transformers
 
 from common import denoisers, load_pipeline, networks, trainable_parameters
 from harness.fields import refuse
-from harness.parallel import world_size
+from harness.parallel import rank, world_size
 
 
 def pick_device(args):
@@ -20,10 +20,9 @@ def pick_device(args):
         torch.set_float32_matmul_precision("high")  # float32 models use the tensor cores
         torch.backends.cuda.enable_cudnn_sdp(args.cudnn_attention)  # torch itself would prefer it
         torch.compiler.config.cache_key_tag += "" if args.cudnn_attention else " no cuDNN"  # that is other code
-    if device.type == "cuda" and world_size() > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)
+        if world_size() > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device.index or 0)
     return device
 
 
@@ -47,6 +46,8 @@ def make_policy(args, device):
     if args.compile:
         from harness.compiled import compile_blocks, compile_decoder
 
+        if rank() == 0:
+            print("compiling: the first images and the first update wait for it ...", flush=True)
         compile_decoder(pipe)
         for denoiser in denoisers(pipe).values():
             compile_blocks(denoiser)
@@ -60,8 +61,7 @@ def quantization(args):
     for name in diffusers.DiffusionPipeline.load_config(args.model):
         kind, library = next((part for prefix, part in parts.items() if name.startswith(prefix)), (None, None))
         if kind == "nf4":
-            dtype = getattr(torch, args.dtype)
-            bits = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+            bits = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=args.dtype)
             mapping[name] = library.BitsAndBytesConfig(**bits)
         elif kind:
             from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
@@ -73,9 +73,8 @@ def quantization(args):
 def offload(pipe, device):
     """Put what is trained or quantised on the device; other networks visit it from the CPU, layer by layer, to work."""
     stream = device.type == "cuda"  # the next layer travels while one works
-    stay = [
-        name for name, part in networks(pipe).items() if name in denoisers(pipe) or getattr(part, "hf_quantizer", None)
-    ]
+    kept = denoisers(pipe)
+    stay = [name for name, part in networks(pipe).items() if name in kept or getattr(part, "hf_quantizer", None)]
     pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=stream, exclude_modules=stay)
 
 

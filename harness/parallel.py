@@ -44,8 +44,7 @@ def processes():
             raise
         code = error.code if isinstance(error, SystemExit) else "".join(traceback.format_exception(error)).rstrip()
         if isinstance(code, str):
-            print(code, file=sys.stderr)
-        sys.stderr.flush()
+            print(code, file=sys.stderr, flush=True)
         os._exit(code if isinstance(code, int) else 1)  # at once: exiting could wait for threads, and NCCL for others
     if dist.is_initialized():
         dist.destroy_process_group()

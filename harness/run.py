@@ -24,7 +24,6 @@ from tqdm import tqdm
 from common import denoisers, seed_global_generators
 from harness.arguments import began_with, repeatable
 from harness.checkpoint import atomic_file, atomic_folder, check_finite, newest_checkpoint, sha256
-from harness.console import listened_to
 from harness.data import read_rows
 from harness.evaluation import evaluate, pixels, save_curve, save_grid
 from harness.fields import MAY_CHANGE, fields_of, refuse, to_yaml
@@ -44,7 +43,7 @@ class Run:
     """
 
     current = None  # the run of this process, if one has begun, for what ends it from outside the loop
-    checkpoint = state = None  # what it is resumed from
+    folder = checkpoint = state = None  # its own, and what it is resumed from
 
     def __init__(self, args, said, script):
         """said: lines about where the arguments come from; script: the path of the file that runs."""
@@ -54,7 +53,6 @@ class Run:
         self.interrupted = 0  # the signal that asks it to
         self.in_loop = False
         self.eval_rows = read_rows(args.eval.prompts or args.prompts)
-        self.folder = Path(args.resume or args.output_dir)  # a new run's is in there
         gather("the name is free")  # as all have checked; from now on it is not
         began, notes = self._open(script) if rank() == 0 else (None, ())
         self.folder, self.checkpoint, self.state = gather((self.folder, self.checkpoint, self.state))[0]
@@ -68,8 +66,7 @@ class Run:
         args = self.args
         now = _environment(args, script)
         try:
-            if not args.resume:
-                self.folder = _new_folder(args, script)
+            self.folder = Path(args.resume) if args.resume else _new_folder(args, script)
             self._lock()
             if not args.resume:
                 with atomic_file(self.folder / "environment.yaml") as file:
@@ -127,8 +124,8 @@ class Run:
             return
         with open(self.folder / "log.txt", "a", encoding="utf-8") as log:
             log.write(f"{line}\n")
-        with listened_to(f"error: nobody reads the output any more; continue with: {self.command}"):
-            tqdm.write(str(line), file=sys.stdout)
+        tqdm.write(str(line), file=sys.stdout)
+        sys.stdout.flush()
 
     def log(self, epoch, columns):
         """One row of metrics.csv, and one console line with the most telling of its columns, {name: number}."""
@@ -165,10 +162,6 @@ class Run:
         if self.skipped_in_a_row == MOST_SKIPPED:
             self.broken = f"{MOST_SKIPPED} updates in a row were skipped, the last because {culprit} is not finite"
             self.skipped_in_a_row = 0
-
-    def took_update(self):
-        """Count an update that was taken."""
-        self.skipped_in_a_row = 0
 
     def watch(self, reward):
         """The reward, but where it fails, the images and prompts of that call are kept."""
@@ -264,10 +257,8 @@ class Run:
         if self.args.finetune_type == "full":
             load = [f'pipe.{name} = pipe.{name}.from_pretrained("{folder}/{name}")' for name in denoisers(pipe)]
         gained = f"eval/total {totals[0]:.3f} -> {totals[-1]:.3f} in {self.rows[-1]['images']} images"
-        self.print(
-            f"done: {gained}; in {folder} are metrics.csv, curve.png (with matplotlib), images/ and the weights:"
-        )
-        self.print(f"      {'; '.join(load)}")
+        left = f"in {folder} are metrics.csv, curve.png (with matplotlib), images/ and the weights:"
+        self.print(f"done: {gained}; {left}\n      {'; '.join(load)}")
 
 
 def _new_folder(args, script):

@@ -42,7 +42,7 @@ def check_update():
         update.add({"loss": 0.0})
         average_clip_step(run, torch.optim.SGD([parameter], 1.0), {"name": parameter}, update, 0.5)
         assert abs(parameter.item() - expected) < 1e-5
-        assert run.skipped_update.called == (expected == 0) and run.took_update.called == (expected != 0)
+        assert run.skipped_update.called == (expected == 0) and (run.skipped_in_a_row == 0) == (expected != 0)
 
 
 def main():

@@ -137,10 +137,10 @@ def finished(runs):
 def test_a_stopped_run_that_ends_there_is_evaluated(runs, monkeypatch, script, keep):
     argv, log = ("--eval.eval-freq", 4, "--keep-checkpoints", keep), Run.log
 
-    def signalled(run, row):
-        run.interrupted = signal.SIGINT if row["epoch"] == 2 else 0
-        run.skipped = row["epoch"]
-        log(run, row)
+    def signalled(run, epoch, columns):
+        run.interrupted = signal.SIGINT if epoch == 2 else 0
+        run.skipped = epoch
+        log(run, epoch, columns)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
         patch.setattr(Run, "log", signalled)

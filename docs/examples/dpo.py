@@ -33,6 +33,7 @@ from harness import arguments, console, contract, data, ending, evaluation, mach
 from harness.checkpoint import Checkpoint
 from harness.checks import check_args
 from harness.fields import Count, Decay, NotNegative, Positive, refuse
+from harness.parallel import gather
 from harness.run import Run
 from rewards import make_rewards
 
@@ -221,7 +222,7 @@ def main():
             tapes = sample(pipe, calls, train.dynamics_type, train.noise_level, noisy_steps, tail_steps)
             pairs = zip(tapes, rollouts, places, strict=True)
             rollouts = [replace(tape, images=None, x0=scored.x0[place]) for tape, scored, place in pairs]
-        metrics.add({"pairs": sum(common.gather(torch.cat(is_pair).sum().item()))})
+        metrics.add({"pairs": sum(gather(torch.cat(is_pair).sum().item()))})
 
         # Training: each optimizer step over whole calls x trained timesteps, on the images with fresh noise
         for number, chunk in enumerate(common.minibatches(train, epoch)):
