@@ -146,18 +146,16 @@ class Checkpoint:
             tensors |= {f"optimizer/{name}/{key}": t for key, t in self.optimizer.state.get(p, {}).items()}
         state = {"epoch": epoch, "updates": updates, "args": repeatable(run.args), "rows": run.rows}
         state |= {"seconds": time.time() - run.started, "skipped_in_a_row": run.skipped_in_a_row}
-        if rank() and not sharded:
-            return
         evaluated = "_evaluated" if "eval/total" in run.rows[-1] else ""  # so that no whole checkpoint is written over
         folder = run.folder / "checkpoints" / f"epoch_{epoch:04d}{evaluated}"
         if rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-        if sharded:
-            gather("the folder is there")
-        with _its_own_error():
-            writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-            dcp.save(tensors, storage_writer=writer, no_dist=not sharded)
+        gather("the folder is there")
+        if sharded or rank() == 0:
+            with _its_own_error():
+                writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+                dcp.save(tensors, storage_writer=writer, no_dist=not sharded)
         if rank():
             return
         (folder / "state.json").write_text(json.dumps(state))

@@ -23,9 +23,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, e
 def start(main):
     """Run a script; what ends it early ends it with a line that says how to go on.
 
-    On Ctrl-C or SIGTERM the epoch in hand is finished, its row logged and a checkpoint saved, so that nothing is lost;
-    the exit status is 130 or 143. A second signal ends the process at once; that loses the epoch in hand, which is
-    repeated exactly on --resume. A mistake in a script or in a pipeline ends in its traceback.
+    On Ctrl-C or SIGTERM the epoch in hand is finished and saved; the exit status is 130 or 143. A second signal ends
+    the process at once, and --resume repeats that epoch. A mistake in a script or a pipeline ends in its traceback.
     """
     for number in SIGNALS:
         signal.signal(number, _interrupt)

@@ -93,8 +93,6 @@ def image_statistics(images):
     return {name: value.reshape(len(images), -1).mean(dim=1) for name, value in statistics.items()}
 
 
-SHOWN = 32  # images of an evaluation that are kept and drawn
-FRAMES = 8  # of a video among them
 GAP = 2  # pixels of the line between the base model's image and the policy's
 
 
@@ -104,13 +102,13 @@ def evaluate(pipe, args, rows, reward):
 
     Returns (prompts of length N, scores {"name": (N,), ..., "total": (N,)}, statistics {"name": mean}, shown). The
     statistics are those of image_statistics and, where a prompt has several images, group_spread. shown: {i: (frames,
-    H, W, 3) uint8} for a few images, evenly taken, as are the frames of a video.
+    H, W, 3) uint8} for at most 32 images, evenly taken, as are at most 8 frames of a video.
     """
     each = args.eval.images_per_prompt
     rows = [row for row in rows for _ in range(each)]
     prompts = [row["prompt"] for row in rows]
     noise = generators(*((args.eval.seed, i) for i in range(len(prompts))))
-    scoring, shown, to_show = Scoring(reward, each, image_statistics), {}, evenly(len(prompts), SHOWN)
+    scoring, shown, to_show = Scoring(reward, each, image_statistics), {}, evenly(len(prompts), 32)
     length = args.eval.per_device_batch_size
     runs = range(0, len(prompts), math.lcm(length, each))  # of whole calls and of all images of a prompt
     starts = [start for run in local_shard(runs) for start in range(run, min(run + runs.step, len(prompts)), length)]
@@ -129,7 +127,7 @@ def evaluate(pipe, args, rows, reward):
         scoring.add(images, given)
         for i, image in enumerate(images, start):
             if i in to_show:
-                shown[i] = pixels(image[evenly(len(image), FRAMES)] if image.ndim == 4 else image[None])
+                shown[i] = pixels(image[evenly(len(image), 8)] if image.ndim == 4 else image[None])
     scores, statistics = scoring.finish()
     shown = {i: frames for part in gather(shown) for i, frames in part.items()}
     scores = {name: value.cpu() for name, value in scores.items()}

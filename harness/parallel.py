@@ -1,7 +1,5 @@
-"""The processes of torchrun: who does what, and what they tell one another.
-
-Each process has the whole policy and samples the groups of its own part of an epoch's prompts. What is computed does
-not depend on how many processes there are; process 0 alone writes and prints.
+"""The processes of torchrun. Each samples the groups of its own part of an epoch's prompts; what is computed does not
+depend on how many there are. Process 0 alone writes and prints.
 """
 
 import os

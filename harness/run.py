@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from peft import get_peft_model_state_dict
 from PIL import Image
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm import tqdm
 
 from common import denoisers, seed_global_generators
@@ -29,7 +30,6 @@ from harness.evaluation import evaluate, pixels, save_curve, save_grid
 from harness.fields import MAY_CHANGE, fields_of, refuse, to_yaml
 from harness.parallel import gather, rank, world_size
 from harness.settings import HERE
-from harness.sharded import full_state
 
 MOST_SKIPPED = 5  # updates in a row
 TELLING = ("reward/total", "zero_std", "group_spread", "kl", "clip_fraction", "v_old_distance", "v_ref_distance")
@@ -37,10 +37,7 @@ TELLING = ("reward/total", "zero_std", "group_spread", "kl", "clip_fraction", "v
 
 
 class Run:
-    """A folder runs/<run_name>/; it is made before the model is loaded.
-
-    Of several processes the first one writes there and prints; all read the checkpoint that a run is resumed from.
-    """
+    """A folder runs/<run_name>/, made before the model is loaded; of several processes the first writes and prints."""
 
     current = None  # the run of this process, if one has begun, for what ends it from outside the loop
     folder = checkpoint = state = None  # its own, and what it is resumed from
@@ -182,10 +179,7 @@ class Run:
         return watched
 
     def contract(self, terms):
-        """What must hold before the first update, each in the process where it is worst; ends the run if one does not.
-
-        terms: {what: (value, whether it holds)}.
-        """
+        """End the run if one of {what: (value, whether it holds)} does not, in the process where it is worst."""
         terms = {what: min(gather(term), key=lambda found: (found[1], -found[0])) for what, term in terms.items()}
         said = ", ".join(f"{what} {value:.6g}{'' if holds else ' BROKEN'}" for what, (value, holds) in terms.items())
         broken = "; ".join(f"{what} is {value:.6g}" for what, (value, holds) in terms.items() if not holds)
@@ -226,7 +220,8 @@ class Run:
     def _save_weights(self, pipe):
         """The trained weights in diffusers' own format: lora/ (with its alpha), or the denoiser's own folder."""
         trained, full = denoisers(pipe), self.args.finetune_type == "full"
-        states = {name: full_state(module) for name, module in trained.items() if full}  # by all processes together
+        on_first = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on its CPU, by all processes together
+        states = {name: get_model_state_dict(module, options=on_first) for name, module in trained.items() if full}
         if rank():
             return
         for name, state in states.items():

@@ -1,11 +1,11 @@
-"""--shard: a network whose parameters are divided among the processes (FSDP2), block by block."""
+"""--shard: a network whose parameters are divided among the processes (FSDP2). A block is whole while it works."""
 
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from harness.fields import refuse
-from harness.parallel import rank, world_size
+from harness.parallel import world_size
 
 
 def repeated_blocks(denoiser, key):
@@ -18,10 +18,7 @@ def repeated_blocks(denoiser, key):
 
 
 def shard_blocks(denoiser, device):
-    """Divide a network's parameters, in float32, among the processes; it comes from the CPU block by block.
-
-    A block is put together while it works, and then forgotten again.
-    """
+    """Divide a network's parameters, in float32, among the processes; it comes from the CPU block by block."""
     mesh, name = dist.init_device_mesh(device.type, (world_size(),)), type(denoiser).__name__
     # the root too is forgotten after its work: otherwise it would miss a snapshot that takes its parameters' place
     for module in (*repeated_blocks(denoiser, "shard"), denoiser):
@@ -30,13 +27,3 @@ def shard_blocks(denoiser, device):
                 parameter.data = parameter.data.float()
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     type(denoiser).__name__ = name  # under which diffusers saves it
-
-
-def full_state(module):
-    """The state of a sharded network, put together on the CPU of the first process; nothing in the others."""
-    state = {}
-    for name, value in module.state_dict().items():
-        value = value.full_tensor() if isinstance(value, DTensor) else value
-        if rank() == 0:
-            state[name] = value.cpu()
-    return state

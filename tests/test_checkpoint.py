@@ -475,7 +475,8 @@ def test_weights_that_are_not_finite_end_the_run_unsaved(runs, monkeypatch, epoc
 
 def test_an_infinite_policy_is_found_behind_its_finite_average():
     p = torch.nn.Parameter(torch.zeros(2))
-    average, run = common.Snapshot([p]), SimpleNamespace(error=SystemExit)
+    args = SimpleNamespace(eval=SimpleNamespace(eval_freq=1))
+    average, run = common.Snapshot([p]), SimpleNamespace(error=SystemExit, args=args)
     p.data[1] = INF
     with pytest.raises(SystemExit, match="after epoch 3 w is not finite"):
         Run.evaluate(run, 3, None, None, {"w": p}, average)
