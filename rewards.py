@@ -1,14 +1,8 @@
 """Rewards: the registry, the weighted sum, a user's own functions, and the rewards that need no network.
 
-A reward is `fn(images, prompts) -> (B,)` for images (B, 3, H, W) in [0, 1] and B prompts; higher is better. To add one
-here, write a factory `name(device, **options) -> fn` and put it into REWARDS; its keyword parameters are its options,
-`--reward-options name.option=value`, checked by their annotations. To use one of your own without touching this file,
-write the function anywhere and name it: `--reward my_rewards.py:brightness=1`. It may ask for more:
-
-    a parameter that is called `rows`   the B objects of the data file (dicts), {"prompt": ...} where it is a text file
-    fn.takes_video = True               whole videos (B, frames, 3, H, W); others score each frame, and the mean counts
-    fn.takes_groups = True              the G images of one prompt at once (of videos, all their frames), to return one
-                                        number for each; for REWARDS the attribute is the factory's
+A reward is `fn(images, prompts) -> (B,)` for images (B, 3, H, W) in [0, 1] and B prompts; higher is better. In REWARDS
+are factories `name(device, **options) -> fn`, whose keyword parameters are the options, `--reward-options`, checked by
+their annotations. docs/rewards.md says how to add one, here or in a file of your own, and what fn may ask for.
 """
 
 import contextlib
@@ -30,25 +24,15 @@ from harness.judges.weights import encode, to_pil
 from shapes import world
 
 
-def shapes(device):
-    """1 where an image of the embedded world shows exactly what its prompt asks, else 0. See shapes/world.py."""
-    return world.check
-
-
-def jpeg_incompressibility(device):
-    """Kilobytes of the image as a JPEG of quality 95 (DDPO, arXiv 2305.13301)."""
-    return lambda images, prompts: torch.tensor([len(encode(i, "JPEG", quality=95)) / 1000 for i in to_pil(images)])
-
-
-def jpeg_compressibility(device):
-    """Minus the kilobytes of the image as a JPEG of quality 95 (DDPO, arXiv 2305.13301)."""
-    return lambda images, prompts: -jpeg_incompressibility(device)(images, prompts)
+def jpeg_kilobytes(images):
+    """(B,): the size of each image as a JPEG of quality 95. DDPO (arXiv 2305.13301) rewards small and large ones."""
+    return torch.tensor([len(encode(image, "JPEG", quality=95)) / 1000 for image in to_pil(images)])
 
 
 REWARDS = {
-    "shapes": shapes,
-    "jpeg_compressibility": jpeg_compressibility,
-    "jpeg_incompressibility": jpeg_incompressibility,
+    "shapes": lambda device: world.check,
+    "jpeg_compressibility": lambda device: lambda images, prompts: -jpeg_kilobytes(images),
+    "jpeg_incompressibility": lambda device: lambda images, prompts: jpeg_kilobytes(images),
     "pickscore": clip.pickscore,
     "clipscore": clip.clipscore,
     "hpsv2": clip.hpsv2,
@@ -63,7 +47,7 @@ PROMPT_CHECKS = {  # functions of a prompt and its row that raise ValueError whe
     "ocr": lambda prompt, row: ocr.quoted_text(prompt),
     "geneval": geneval.metadata,
 }
-PACKAGES = {"ocr": ["rapidocr_onnxruntime"]}  # optional packages that a reward imports
+PACKAGES = {"ocr": "rapidocr_onnxruntime"}  # the optional package that a reward imports
 SENDS_IMAGES = {"vlm"}  # rewards that give the images away, to a server
 
 
@@ -76,10 +60,7 @@ def find_reward(name):
         return REWARDS[name]
     path, _, function = name.rpartition(":")
     if not path.endswith(".py"):
-        known = f"known: {', '.join(REWARDS)}, or your own as file.py:function"
-        raise ValueError(f"no reward {name!r}; {_nearest(name, REWARDS)}{known}")
-    if not Path(path).is_file():
-        raise ValueError(f"reward {name!r}: there is no file {path}")
+        raise ValueError(f"no reward {name!r}; {_nearest(name, REWARDS)}known: {', '.join(REWARDS)}, file.py:function")
     own = getattr(_load(Path(path).resolve()), function, None)
     if not callable(own):
         raise ValueError(f"reward {name!r}: {path} has no function {function}")
@@ -105,14 +86,9 @@ def _load(path):
     return module
 
 
-def takes_groups(weights):
-    """Whether a reward of {"name": weight} looks at all images of a group together. Runs a user's file, once."""
-    return any(getattr(find_reward(name), "takes_groups", False) for name in weights)
-
-
 def takes_rows(weights):
     """Whether a reward of {"name": weight} reads the objects of the data file. Runs a user's file, once."""
-    return any(name == "geneval" or name not in REWARDS and _takes_rows(find_reward(name)) for name in weights)
+    return any(name == "geneval" or _takes_rows(find_reward(name)) for name in weights)
 
 
 def check_rewards(weights, prompts=(), options=None, rows=None):
@@ -124,15 +100,13 @@ def check_rewards(weights, prompts=(), options=None, rows=None):
         raise ValueError(f"name at least one; known: {', '.join(REWARDS)}, or your own as file.py:function")
     for name in weights:
         find_reward(name)
-        for package in PACKAGES.get(name, ()):
-            if importlib.util.find_spec(package) is None:
-                raise ValueError(f"reward {name!r} needs the package {package}: pip install {package}")
+        if (package := PACKAGES.get(name)) and importlib.util.find_spec(package) is None:
+            raise ValueError(f"reward {name!r} needs the package {package}: pip install {package}")
+        for prompt, row in zip(prompts, rows or [{}] * len(prompts), strict=True) if name in PROMPT_CHECKS else ():
+            PROMPT_CHECKS[name](prompt, row)
     for key, value in (options or {}).items():
         if reason := _wrong_option(weights, key, value):
             raise ValueError(f"--reward-options {key}={value}: {reason}")
-    for name in weights:
-        for prompt, row in zip(prompts, rows or [{}] * len(prompts), strict=True) if name in PROMPT_CHECKS else ():
-            PROMPT_CHECKS[name](prompt, row)
 
 
 def check_untrusted(weights, options):
@@ -144,17 +118,13 @@ def check_untrusted(weights, options):
     for name in weights:
         if name not in REWARDS or name in SENDS_IMAGES:
             raise ValueError(f"a model folder may not ask for the reward {name!r}, which is code or sends images away")
-    for key, value in options.items() if isinstance(options, dict) else ():  # another type sets nothing
-        name, _, option = str(key).rpartition(".")
-        takes = inspect.signature(REWARDS[name]).parameters if name in REWARDS else {}
-        kind = takes[option].annotation if option in takes else None
-        harmless = getattr(kind, "__origin__", kind) in (int, float, bool, Literal)  # also with bounds
-        if not harmless or misfit(value, kind):
+    for key, value in options.items():
+        if _wrong_option(REWARDS, str(key), value, kinds=(int, float, bool, Literal)):
             raise ValueError(f"a model folder may set numbers, true or false and choices of rewards, not {key}={value}")
 
 
-def _wrong_option(weights, key, value):
-    """Why a reward does not take this value of this option; None if it does."""
+def _wrong_option(weights, key, value, kinds=None):
+    """Why a reward does not take this value of this option, or it is not of one of these kinds; None if all is well."""
     name, _, option = key.rpartition(".")
     if name not in weights:
         return f"should be NAME.OPTION=VALUE (in YAML NAME.OPTION: VALUE) of a reward asked for: {', '.join(weights)}"
@@ -163,43 +133,42 @@ def _wrong_option(weights, key, value):
     takes = inspect.signature(REWARDS[name]).parameters
     if option not in takes:
         return f"{name} has no option {option!r}; {_nearest(option, takes)}it has: {', '.join(takes)}"
-    if option == "device":
-        try:
-            torch.empty(0, device=value)
-        except (RuntimeError, AssertionError, TypeError) as error:
-            return str(error).splitlines()[0]
     kind = takes[option].annotation
-    return None if kind is inspect.Parameter.empty else misfit(value, kind)
-
-
-def misfit(value, kind):
-    """What a value read from YAML should be, and is not, by an annotated type with its bounds; None if it fits."""
+    if kinds and getattr(kind, "__origin__", kind) not in kinds:  # the type within its bounds
+        return "is of another kind"
     try:
-        TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False)).validate_python(value, strict=True)
+        if option == "device":
+            torch.empty(0, device=value)
+        elif kind is not inspect.Parameter.empty:
+            TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False)).validate_python(value, strict=True)
     except ValidationError as error:
         return error.errors()[0]["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    return None
+    except (RuntimeError, AssertionError, TypeError) as error:
+        return str(error).splitlines()[0]
 
 
 def make_reward(weights, device, options=None):
-    """The weighted sum of rewards.
-
-    weights: {"name": weight}, at least one. options: {"name.option": value}, among them the `device` of any reward.
-    Returns fn(images, prompts, rows=None) -> {"name": (B,), ..., "total": (B,)}, float32 on the images' device; where
-    `fn.takes_groups`, the images of a call are one group. Raises ValueError for an unknown name or option; RewardError
-    for a model that does not load and, in fn, for a reward that returns anything but B finite numbers.
-    """
+    """The weighted sum of rewards, as `make_rewards` says."""
     return make_rewards(weights, {}, device, options)[0]
 
 
 def make_rewards(weights, eval_weights, device, options=None):
-    """(reward, eval_reward): that of training as `make_reward` says, and one with the total of eval_weights.
+    """(reward, eval_reward): by weights, and by the rewards of both with eval_weights' total, or the same without any.
 
-    The second scores the images by the rewards of both; without eval_weights its total is that of the first.
+    Weights: {"name": weight}, at least one. options: {"name.option": value}, among them the `device` of any reward.
+    Each is a fn(images, prompts, rows=None) -> {"name": (B,), ..., "total": (B,)}, float32 on the images' device; where
+    `fn.takes_groups`, the images of a call are one group. Raises ValueError for an unknown name or option; RewardError
+    for a model that does not load and, in fn, for a reward that returns anything but B finite numbers.
     """
     asked = {**weights, **eval_weights}
     check_rewards(asked, options=options)
-    made = {name: _made(name, device, options or {}) for name in asked}
+    made = {}
+    for name in asked:
+        own = {key.removeprefix(f"{name}."): v for key, v in (options or {}).items() if key.rpartition(".")[0] == name}
+        try:
+            made[name] = REWARDS[name](**{"device": device, **own}) if name in REWARDS else find_reward(name)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:  # files that are missing or hold something else
+            raise RewardError(name, f"cannot be made: {type(error).__name__}: {error}") from error
 
     def weighted(names, weights):
         @torch.no_grad()
@@ -208,7 +177,7 @@ def make_rewards(weights, eval_weights, device, options=None):
             values = {name: _scores(name, made[name], images, prompts, rows) for name in names}
             return values | {"total": sum(weight * values[name] for name, weight in weights.items())}
 
-        reward.takes_groups = takes_groups(names)
+        reward.takes_groups = any(getattr(find_reward(name), "takes_groups", False) for name in names)
         return reward
 
     return weighted(weights, weights), weighted(asked, eval_weights or weights)
@@ -218,18 +187,7 @@ class RewardError(SystemExit, ValueError):
     """A reward that fails ends the run with one line that names it."""
 
     def __init__(self, name, what):
-        super().__init__(f"error: reward {name!r} {what}")
-
-
-def _made(name, device, options):
-    """The function of a reward."""
-    if name not in REWARDS:
-        return find_reward(name)
-    own = {key.removeprefix(f"{name}."): value for key, value in options.items() if key.rpartition(".")[0] == name}
-    try:
-        return REWARDS[name](**{"device": device, **own})
-    except (OSError, ValueError, KeyError, RuntimeError) as error:  # files that are missing or hold something else
-        raise RewardError(name, f"cannot be made: {_line(error)}") from error
+        super().__init__(" ".join(f"error: reward {name!r} {what}".split()))
 
 
 def _scores(name, function, images, prompts, rows):
@@ -248,7 +206,7 @@ def _scores(name, function, images, prompts, rows):
     # the function's own: a run scores in a thread, and what a signal's handler raises comes up in the main thread.
     except BaseException as error:
         traceback.print_exc()  # the user's own code: show where
-        raise RewardError(name, f"failed: {_line(error)}") from error
+        raise RewardError(name, f"failed: {type(error).__name__}: {error}") from error
     if values.shape != (len(images),):
         raise RewardError(name, f"returned shape {tuple(values.shape)} for {len(images)} images")
     for bad in (~values.isfinite()).nonzero():
@@ -261,7 +219,3 @@ def _takes_rows(function):
         return "rows" in inspect.signature(function).parameters
     except (TypeError, ValueError):  # of a function written in C
         return False
-
-
-def _line(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 import peft
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+import safetensors.torch
 
 from harness.fields import refuse, refusing
 
@@ -16,78 +15,63 @@ SAVED_AS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # 
 
 def add_adapters(denoisers, args):
     """Give the denoisers {name: network} trainable adapters, in float32 or, where they are new, the model's dtype."""
+    every = args.target_modules == ("all-linear",)
     for name, denoiser in denoisers.items():
         if not hasattr(denoiser, "add_adapter"):
             refuse("finetune_type", "lora", f"{type(denoiser).__name__} takes no adapters; full would do")
         if args.lora:
             with refusing("lora", args.lora):
-                _add_saved(denoiser, name, *_read(args.lora, name, [*denoisers]))
+                _add_saved(denoiser, name, [*denoisers], Path(args.lora))
             continue
-        every = args.target_modules == ("all-linear",)
-        unmatched = [] if every else _unmatched(denoiser, args.target_modules)
-        if unmatched and args.target_modules != type(args).target_modules:  # the default list is for many models
+        modules = [f".{module}" for module, _ in denoiser.named_modules()]
+        unmatched = [t for t in args.target_modules if not any(module.endswith(f".{t}") for module in modules)]
+        if unmatched and not every and args.target_modules != type(args).target_modules:  # the default: for many models
             refuse("target_modules", args.target_modules, f"{unmatched[0]!r} is no module of {type(denoiser).__name__}")
-        lora = peft.LoraConfig(
-            r=args.lora_rank,
-            lora_alpha=args.lora_alpha,
-            init_lora_weights="gaussian",
-            target_modules="all-linear" if every else list(args.target_modules),
-        )
+        targets = "all-linear" if every else [*args.target_modules]
+        how = dict(r=args.lora_rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian", target_modules=targets)
         try:
-            denoiser.add_adapter(lora)
+            denoiser.add_adapter(peft.LoraConfig(**how))
         except ValueError as error:
             refuse("target_modules", args.target_modules, str(error).splitlines()[0])
 
 
-def _unmatched(denoiser, targets):
-    names = [name for name, _ in denoiser.named_modules()]
-    return [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
-
-
 def saved_file(path):
     """The file of a saved adapter: itself, or in a folder. Raises ValueError where there is none."""
-    path = Path(path)
-    found = [path] if path.is_file() else [path / name for name in SAVED_AS if (path / name).is_file()]
+    found = [file for file in (Path(path), *(Path(path) / name for name in SAVED_AS)) if file.is_file()]
     if not found or found[0].suffix != ".safetensors":
         raise ValueError(f"no .safetensors file of adapters, nor a folder with {' or '.join(SAVED_AS)}")
     return found[0]
 
 
-def _read(path, name, names):
-    """({key: tensor} of a denoiser without prefixes, the saved configuration or None). Raises ValueError."""
-    file = saved_file(Path(path) / name if (Path(path) / name).is_dir() else path)
+def _add_saved(denoiser, name, names, path):
+    """Give a denoiser, one of these names, the adapters that are saved for it; ValueError where they do not fit.
+
+    Rank, alpha and targets are the file's (without a configuration alpha is the rank, as in diffusers).
+    """
+    file = saved_file(path / name if (path / name).is_dir() else path)
     try:
-        state = load_file(file)
-        with safe_open(file, "pt") as opened:
-            metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "null"))
+        state = safetensors.torch.load_file(file)
+        with safetensors.safe_open(file, "pt") as opened:
+            saved = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "null"))
         if (beside := file.with_name("adapter_config.json")).is_file():
-            metadata = json.loads(beside.read_text())
-    except (SafetensorError, ValueError, OSError) as error:
+            saved = json.loads(beside.read_text())
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
-    bare = not any(key.startswith(tuple(f"{n}." for n in names)) for key in state)  # of one network, as peft saves it
-    prefix = "" if bare else f"{name}."
-    others = [key for key in state if not bare and key.partition(".")[0] not in names]
-    if others:
+    others = [key for key in state if key.partition(".")[0] not in names]
+    if 0 < len(others) < len(state):
         raise ValueError(f"{others[0]} is of no denoiser ({', '.join(names)})")
-    state = {k.removeprefix(prefix).removeprefix("base_model.model."): v for k, v in state.items() if prefix in k[:99]}
-    return state, metadata and {
-        key: value for key in PLAIN if (value := metadata.get(f"{prefix}{key}", metadata.get(key)))
-    }
-
-
-def _add_saved(denoiser, name, state, metadata):
-    """Rank, alpha and targets are the file's (without a configuration alpha is the rank, as in diffusers)."""
+    prefix = "" if others else f"{name}."  # without: of one network, as peft saves it
+    state = {k.removeprefix(prefix).removeprefix("base_model.model."): state[k] for k in state if k.startswith(prefix)}
     if not state:
         raise ValueError(f"holds nothing for {name}")
     modules = dict(denoiser.named_modules())
-    for key in state:
-        module = key.partition(".lora_")[0]
-        if module not in modules:
-            raise ValueError(f"{key} fits no module of {type(denoiser).__name__}")
+    if strange := [key for key in state if key.partition(".lora_")[0] not in modules]:
+        raise ValueError(f"{strange[0]} fits no module of {type(denoiser).__name__}")
+    config = saved and {key: value for key in PLAIN if (value := saved.get(f"{prefix}{key}", saved.get(key)))}
     try:
-        denoiser.load_lora_adapter(state, prefix=None, adapter_name="default", metadata=metadata)
-    except (RuntimeError, TypeError, KeyError) as error:
+        denoiser.load_lora_adapter(state, prefix=None, adapter_name="default", metadata=config)
+        for key, value in state.items():  # again, in float32: a model in bfloat16 has rounded them
+            parameter = denoiser.get_parameter(f"{key.removesuffix('.weight')}.default.weight")
+            parameter.data = value.float().to(parameter.device)
+    except (RuntimeError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"does not fit {type(denoiser).__name__}: {str(error).splitlines()[0]}") from error
-    parameters = dict(denoiser.named_parameters())
-    for key, value in state.items():  # again, in float32: a model in bfloat16 has rounded them
-        parameters[f"{key.removesuffix('.weight')}.default.weight"].data = value.float()

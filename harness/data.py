@@ -16,17 +16,15 @@ from harness.fields import read_text, refuse
 
 def read_rows(path, key="prompts"):
     """[{"prompt": text, ...}] of the non-empty lines of a file; a line ends at a newline alone."""
-    lines = {n: line.strip() for n, line in enumerate(read_text(key, path).split("\n"), 1) if line.strip()}
-    if not lines:
-        refuse(key, path, "holds no prompt; it should have one a line")
-    if Path(path).suffix != ".jsonl":
-        return [{"prompt": line} for line in lines.values()]
-    rows = []
-    for number, line in lines.items():
+    rows, is_json = [], Path(path).suffix == ".jsonl"
+    for number, line in enumerate(read_text(key, path).split("\n"), 1):
         try:
-            rows.append(_row(json.loads(line), Path(path).parent))
+            if line := line.strip():
+                rows.append(_row(json.loads(line) if is_json else {"prompt": line}, Path(path).parent))
         except (ValueError, RecursionError) as error:
             refuse(key, path, f"line {number}: {error}")
+    if not rows:
+        refuse(key, path, "holds no prompt; it should have one a line")
     return rows
 
 
@@ -38,13 +36,11 @@ def _row(row, folder):
     if type(weight) not in (int, float) or not 0 <= weight < math.inf:
         raise ValueError(f"weight = {weight!r} should be a number of at least 0")
     for key in filter(is_picture, row):
-        if not isinstance(row[key], str):
-            raise ValueError(f"{key} = {row[key]!r} should be the path of a picture")
-        path = folder / row[key]
         try:
+            path = folder / row[key]
             Image.open(path).close()  # its header alone
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{key}: {path} is no picture ({type(error).__name__})") from error
+        except (OSError, ValueError, TypeError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{key} = {row[key]!r} should be the path of a picture: {error}") from error
         row[key] = str(path.resolve())
     return row
 

@@ -75,8 +75,14 @@ def test_a_reward_of_whole_groups_sees_them(start, edits, tmp_path):
         ("[1]", 'line 2: should be an object with a text under "prompt"'),
         ('{"image": "0.png"}', 'line 2: should be an object with a text under "prompt"'),
         ('{"prompt": "a red circle"', "line 2: Expecting"),
-        ('{"prompt": "a red circle", "image": "nowhere.png"}', "nowhere.png is no picture"),
-        ('{"prompt": "a red circle", "image": "rows.jsonl"}', "rows.jsonl is no picture (UnidentifiedImageError)"),
+        (
+            '{"prompt": "a red circle", "image": "nowhere.png"}',
+            "image = 'nowhere.png' should be the path of a picture: [Errno 2]",
+        ),
+        (
+            '{"prompt": "a red circle", "image": "rows.jsonl"}',
+            "image = 'rows.jsonl' should be the path of a picture: cannot identify",
+        ),
         ('{"prompt": "a red circle", "image": 3}', "line 2: image = 3 should be the path of a picture"),
         ('{"prompt": "a red circle", "weight": -1}', "line 2: weight = -1 should be a number of at least 0"),
         ('{"prompt": "a red circle"}', "row 2 gives the pipeline ['prompt'], unlike row 1"),

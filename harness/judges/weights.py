@@ -39,12 +39,9 @@ def encode(image: Image.Image, kind, **settings) -> bytes:
 
 def in_batches(score, size):
     """score(images, prompts) -> (B,), called for at most `size` images at once."""
-
-    def scores(images, prompts):
-        starts = range(0, len(images), size)
-        return torch.cat([score(images[i : i + size], prompts[i : i + size]) for i in starts])
-
-    return scores
+    return lambda images, prompts: torch.cat(
+        [score(images[i : i + size], prompts[i : i + size]) for i in range(0, len(images), size)]
+    )
 
 
 def load(kind, source, **settings):
