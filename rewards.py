@@ -60,16 +60,17 @@ def find_reward(name):
         return REWARDS[name]
     path, _, function = name.rpartition(":")
     if not path.endswith(".py"):
-        raise ValueError(f"no reward {name!r}; {_nearest(name, REWARDS)}known: {', '.join(REWARDS)}, file.py:function")
+        raise ValueError(f"no reward {name!r}; {_known(name, REWARDS)}, or your own as file.py:function")
     own = getattr(_load(Path(path).resolve()), function, None)
     if not callable(own):
         raise ValueError(f"reward {name!r}: {path} has no function {function}")
     return own
 
 
-def _nearest(name, known):
+def _known(name, known):
     near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}? " if near else ""
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{hint}known: {', '.join(known)}"
 
 
 @functools.cache
@@ -132,9 +133,9 @@ def _wrong_option(weights, key, value, kinds=None):
         return "a function of your own takes no options; write a factory into rewards.py"
     takes = inspect.signature(REWARDS[name]).parameters
     if option not in takes:
-        return f"{name} has no option {option!r}; {_nearest(option, takes)}it has: {', '.join(takes)}"
+        return f"{name} has no option {option!r}; {_known(option, takes)}"
     kind = takes[option].annotation
-    if kinds and getattr(kind, "__origin__", kind) not in kinds:  # the type within its bounds
+    if kinds and getattr(kind, "__origin__", kind) not in kinds:  # __origin__: without its bounds
         return "is of another kind"
     try:
         if option == "device":

@@ -216,7 +216,7 @@ def test_the_documented_reward_with_an_option(monkeypatch):
         ("model", "x", "should be NAME.OPTION=VALUE"),
         ("jpeg_compressibility", {"device": "cpu"}, "should be NAME.OPTION=VALUE"),
         ("pickscore.modle", "x", "pickscore has no option 'modle'; did you mean model?"),
-        ("shapes.model", "x", "shapes has no option 'model'; it has: device"),
+        ("shapes.model", "x", "shapes has no option 'model'; known: device"),
         ("pickscore.model", "/nowhere/at/all", "no such file or folder"),
         ("pickscore.processor", "./nowhere", "no such file or folder"),
         ("pickscore.model", 3, "should be a valid string"),

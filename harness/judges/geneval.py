@@ -1,6 +1,7 @@
 """GenEval: objects, counts, colours, places."""
 
 import functools
+import itertools
 import math
 import re
 
@@ -87,7 +88,7 @@ def metadata(prompt, row):
     asked = {key: row[key] for key in ("include", "exclude") if key in row}
     try:
         good = bool(row["include"])
-        for i, clause in enumerate([*row["include"], *row.get("exclude", ())]):
+        for i, clause in itertools.chain(*map(enumerate, asked.values())):
             places = [[relation, earlier] for relation in RELATIONS for earlier in range(i)]
             known = {"class": OBJECTS, "count": range(1, 100), "color": COLOURS, "position": places}
             good &= {"class", "count"} <= clause.keys() and all(clause[key] in known[key] for key in clause)

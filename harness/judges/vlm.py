@@ -77,7 +77,7 @@ def vlm(
         if score == "yes":
             first = choice["logprobs"]["content"][0]["top_logprobs"]
             likely = [(token["token"].strip().lower(), math.exp(token["logprob"])) for token in first]
-            yes, no = (sum(chance for word, chance in likely if word == answer) for answer in ("yes", "no"))
+            yes, no = (sum(chance for word, chance in likely if word == said) for said in ("yes", "no"))
             if not yes + no:
                 raise ValueError("neither Yes nor No among the likely first words")
             return yes / (yes + no)
