@@ -61,6 +61,8 @@ def find_reward(name):
     path, _, function = name.rpartition(":")
     if not path.endswith(".py"):
         raise ValueError(f"no reward {name!r}; {_known(name, REWARDS)}, or your own as file.py:function")
+    if not Path(path).is_file():
+        raise ValueError(f"reward {name!r}: there is no file {path}")
     own = getattr(_load(Path(path).resolve()), function, None)
     if not callable(own):
         raise ValueError(f"reward {name!r}: {path} has no function {function}")

@@ -37,11 +37,10 @@ def _row(row, folder):
         raise ValueError(f"weight = {weight!r} should be a number of at least 0")
     for key in filter(is_picture, row):
         try:
-            path = folder / row[key]
-            Image.open(path).close()  # its header alone
+            Image.open(folder / row[key]).close()  # its header alone
+            row[key] = str((folder / row[key]).resolve())
         except (OSError, ValueError, TypeError, Image.DecompressionBombError) as error:
             raise ValueError(f"{key} = {row[key]!r} should be the path of a picture: {error}") from error
-        row[key] = str(path.resolve())
     return row
 
 

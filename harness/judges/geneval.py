@@ -1,7 +1,6 @@
 """GenEval: objects, counts, colours, places."""
 
 import functools
-import itertools
 import math
 import re
 
@@ -88,10 +87,11 @@ def metadata(prompt, row):
     asked = {key: row[key] for key in ("include", "exclude") if key in row}
     try:
         good = bool(row["include"])
-        for i, clause in itertools.chain(*map(enumerate, asked.values())):
-            places = [[relation, earlier] for relation in RELATIONS for earlier in range(i)]
-            known = {"class": OBJECTS, "count": range(1, 100), "color": COLOURS, "position": places}
-            good &= {"class", "count"} <= clause.keys() and all(clause[key] in known[key] for key in clause)
+        for clauses in asked.values():
+            for i, clause in enumerate(clauses):
+                places = [[relation, earlier] for relation in RELATIONS for earlier in range(i)]
+                known = {"class": OBJECTS, "count": range(1, 100), "color": COLOURS, "position": places}
+                good &= {"class", "count"} <= clause.keys() and all(clause[key] in known[key] for key in clause)
     except (TypeError, AttributeError, KeyError):  # no mappings in lists, or of other keys
         good = False
     if not good:
