@@ -692,7 +692,6 @@ def picture_in(body):
 @pytest.fixture
 def judge(monkeypatch):
     monkeypatch.setattr(ThreadingHTTPServer, "handle_error", lambda *_: None)  # clients that give up are part of it
-    monkeypatch.setattr(ThreadingHTTPServer, "request_queue_size", 64)  # connections that may wait: more than come
     with ThreadingHTTPServer(("127.0.0.1", 0), Judge) as server:
         server.url, server.models, server.models_status = f"http://127.0.0.1:{server.server_port}/v1", ["judge"], 200
         server.faults = defaultdict(list)  # prompt -> what happens to its next requests
@@ -705,9 +704,14 @@ def judge(monkeypatch):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """The seconds that would have been waited."""
-    seconds = []
-    monkeypatch.setattr(urllib3.util.retry, "time", SimpleNamespace(sleep=seconds.append))
+    """The seconds that would have been waited, but for requests that a test before has left under way."""
+    seconds, before = [], {*threading.enumerate()}
+
+    def sleep(duration):
+        if threading.current_thread() not in before:
+            seconds.append(duration)
+
+    monkeypatch.setattr(urllib3.util.retry, "time", SimpleNamespace(sleep=sleep))
     return seconds
 
 
