@@ -183,7 +183,7 @@ CLAIMS = {
         "awm": run("awm"),
         "awm-free": run("awm", clip_range=10.0, ema_beta=0.0),
         "dpo": run("dpo"),
-        "dpo-old": run("dpo", dpo_reference="old", learning_rate=3e-4),
+        "dpo-beta10": run("dpo", dpo_beta=10.0),
         "dgpo": run("dgpo"),
         "dgpo-free": run("dgpo", clip_range=10.0, dgpo_beta=10.0),
     },
