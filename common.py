@@ -9,10 +9,8 @@ and the ratio before the first update is exactly 1. There is no code for any one
 import copy
 import functools
 import inspect
-import sys
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Optional
@@ -23,7 +21,6 @@ import torch
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
-from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
@@ -34,7 +31,7 @@ from harness.console import quiet
 from harness.data import call_of, with_pictures
 from harness.fields import refuse
 from harness.flow_models import use_flow_matching
-from harness.listening import listening, remembering, routed
+from harness.listening import draw_in_threads, listening, remembering, routed, with_known_device
 from harness.parallel import average_gradients, first_not_finite, gather_rows, local_shard, rank
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,29 +58,9 @@ def load_pipeline(model, device, dtype, pipeline=None, **settings) -> DiffusionP
     pipe.set_progress_bar_config(disable=True)
     for module in networks(pipe).values():
         module.requires_grad_(False)
-    for room in {cls.__module__ for cls in type(pipe).__mro__}:
-        if hasattr(sys.modules[room], "randn_tensor"):
-            sys.modules[room].randn_tensor = randn_in_threads
-    pipe.__class__ = _with_known_device(type(pipe))
+    draw_in_threads(type(pipe))
+    pipe.__class__ = with_known_device(type(pipe))
     return pipe
-
-
-def randn_in_threads(shape, generator=None, device=None, dtype=None, layout=None):
-    """diffusers' randn_tensor, bit for bit. That draws on the CPU one image after another, for which the GPU waits."""
-    if not isinstance(generator, list):
-        return randn_tensor(shape, generator, device, dtype, layout)
-    with ThreadPoolExecutor() as threads:
-        each = threads.map(lambda g: randn_tensor((1, *shape[1:]), g, g.device, dtype, layout), generator[: shape[0]])
-        return torch.cat(list(each)).to(device)
-
-
-@functools.cache
-def _with_known_device(cls):
-    """A pipeline that stays on its device: diffusers goes through all modules, in every call, to find out which."""
-    device = functools.cached_property(DiffusionPipeline._execution_device.fget)
-    known = type(cls.__name__, (cls,), {"_execution_device": device, "__module__": cls.__module__})
-    device.__set_name__(known, "_execution_device")
-    return known
 
 
 def networks(pipe):

@@ -46,7 +46,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 import common  # noqa: E402
 import grpo  # noqa: E402
-from harness import compiled, evaluation, machine, parallel, settings, sharded  # noqa: E402
+from harness import compiled, evaluation, listening, machine, parallel, settings, sharded  # noqa: E402
 from harness.judges import geneval, imagereward  # noqa: E402
 from harness.run import Run  # noqa: E402
 from rewards import make_reward  # noqa: E402
@@ -204,7 +204,8 @@ class Workload:
         if args.checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         self.pipe.set_progress_bar_config(disable=True)
-        self.pipe.__class__ = common._with_known_device(type(self.pipe))
+        listening.draw_in_threads(type(self.pipe))
+        self.pipe.__class__ = listening.with_known_device(type(self.pipe))
         self.clock.add(self.pipe.vae, "decode", "VAE")
         targets = tuple(f"attn.{name}" for name in settings.RunArgs.target_modules)  # not of attn2 of SD3.5
         trained = grpo.Args(finetune_type="full" if small or args.shard else "lora", target_modules=targets)

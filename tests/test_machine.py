@@ -13,7 +13,7 @@ from test_checkpoint import assert_same_run
 import common
 import grpo
 import nft
-from harness import machine
+from harness import listening, machine
 from harness.settings import QUANTIZED, RunArgs
 from rewards import make_reward
 
@@ -95,9 +95,9 @@ def test_what_is_quantised_is_frozen_and_its_packages_are_there(refused, monkeyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_noise_drawn_in_threads_is_diffusers_own(make_pipe, dtype):
     make_pipe()
-    assert pipeline_stable_diffusion_3.randn_tensor is common.randn_in_threads
+    assert pipeline_stable_diffusion_3.randn_tensor is listening.randn_in_threads
     seeds, drawn = [(0, i) for i in range(9)], []
-    for draw in (randn_tensor, common.randn_in_threads):
+    for draw in (randn_tensor, listening.randn_in_threads):
         several, one = common.generators(*seeds), *common.generators((1,))
         given = [
             (several, (9, 4, 8, 8)),
