@@ -63,18 +63,9 @@ def test_a_run_on_a_quantised_base(start, monkeypatch, kind, script):
     start(script, *options, "--lora", whole / "lora", "--train.max-epochs", 0, name="begun")
 
     found = read_csv(whole / "images" / "epoch_0002.csv")
-    pipe = common.load_pipeline(
-        RunArgs.model,
-        None,
-        torch.float32,
-        **machine.quantization(
-            grpo.Args(
-                quantize=kind,
-                quantize_text=kind,
-                dtype="float32",
-            )
-        ),
-    )
+    device = "cuda" if kind == "nf4" else None
+    quantized = machine.quantization(grpo.Args(quantize=kind, quantize_text=kind, dtype="float32"))
+    pipe = common.load_pipeline(RunArgs.model, device, torch.float32, **quantized)
     pipe.load_lora_weights(whole / "lora")
     images = pipe(
         [row["prompt"] for row in found], height=32, width=32, num_inference_steps=2, guidance_scale=1.0,

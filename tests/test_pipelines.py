@@ -20,6 +20,7 @@ import tiny_pipelines
 import torch
 from conditioned_pipelines import BARE, CONDITIONED, GIVEN, LTX
 from conftest import read_csv
+from PIL import Image
 from test_tape import by_hand
 
 import common
@@ -464,3 +465,21 @@ def test_a_family_in_a_script(start, monkeypatch, tmp_path, worded, script):
     folder = start(script, *SHORT, *kind, *targets, "--reward", f"{tmp_path}/mine.py:brightness=1")
     assert "contract holds" in (folder / "log.txt").read_text()
     assert len(read_csv(folder / "metrics.csv")) == 2
+
+
+def test_the_recipe_for_kontext_runs(start, tmp_path):
+    """An epoch of image editing on random weights, saved as a user's model is."""
+    FAMILIES["family"]["flux_kontext"]()[0].save_pretrained(tmp_path / "kontext")
+    rows = [{"prompt": f"make it {color}", "image": f"{color}.png"} for color in ("red", "blue")]
+    for row in rows:
+        Image.new("RGB", (16, 16), row["prompt"].split()[-1]).save(tmp_path / row["image"])
+    (tmp_path / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mine.py").write_text("def kept(images, prompts, rows):\n    return images.mean(dim=(1, 2, 3))\n")
+    folder = start(
+        *(grpo, "--config", "docs/recipes/flux-kontext-edit.yaml", "--model", tmp_path / "kontext"),
+        *("--prompts", tmp_path / "edits.jsonl", "--reward", f"{tmp_path}/mine.py:kept=1", "--train.max-epochs", 1),
+        *("--eval.prompts", tmp_path / "edits.jsonl", "--call", "max_area=64", "_auto_resize=False"),
+        *("--train.resolution", 16, "--eval.resolution", 16, "--train.unique-sample-num-per-epoch", 2),
+    )
+    assert "contract holds" in (folder / "log.txt").read_text()
+    assert len(read_csv(folder / "metrics.csv")) == 2 and (folder / "lora").is_dir()
