@@ -200,14 +200,6 @@ def test_the_window_is_of_neighbouring_candidates():
     assert drawn_steps(replace(train, num_train_steps=4), 9) == [0, 2, 5, 7]
 
 
-@pytest.mark.parametrize("tail", [1, 3, 6])
-@pytest.mark.parametrize("shift_interval", [None, 2])
-def test_the_most_steps_of_an_image(shift_interval, tail):  # M5
-    train = TrainArgs(train_steps=[5, 1, 2], num_train_steps=2, shift_interval=shift_interval, tail_steps=tail)
-    ends = {drawn_steps(train, epoch)[-1] + 1 for epoch in range(1, 60)}
-    assert ends == {3, 6} and grpo.most_steps(train) == max(end + min(tail, 10 - end) for end in ends)
-
-
 # The loops of the scripts
 
 

@@ -309,8 +309,10 @@ def test_parameter_sets_of_a_run(run, monkeypatch, options, decays):  # N7; load
         return velocity, step
 
     record(monkeypatch, lambda tape: samplers.append(Watched.loaded_now) or tape)
-    for place, name, value in ((Watched, "made", []), (nft, "Snapshot", Watched), (nft, "replay", watched_replay)):
-        monkeypatch.setattr(place, name, value)
+    monkeypatch.setattr(Watched, "made", [])
+    monkeypatch.setattr(nft, "replay", watched_replay)
+    for module in (nft, common):
+        monkeypatch.setattr(module, "Snapshot", Watched)
     sets = ("--train.old-decay-slope", 0.2, "--train.kl-beta", 0.1, "--train.ema-decay", 0.9)
     _, *rows = run("--train.max-epochs", 3, *sets, *options.split())
     for row, decay in zip(rows, decays, strict=True):
