@@ -31,7 +31,7 @@ from harness.console import quiet
 from harness.data import call_of, with_pictures
 from harness.fields import refuse
 from harness.flow_models import use_flow_matching
-from harness.listening import draw_in_threads, listening, remembering, routed, with_known_device
+from harness.listening import listening, remembering, routed, with_known_device
 from harness.parallel import average_gradients, first_not_finite, gather_rows, local_shard, rank
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,7 +58,6 @@ def load_pipeline(model, device, dtype, pipeline=None, **settings) -> DiffusionP
     pipe.set_progress_bar_config(disable=True)
     for module in networks(pipe).values():
         module.requires_grad_(False)
-    draw_in_threads(type(pipe))
     pipe.__class__ = with_known_device(type(pipe))
     return pipe
 

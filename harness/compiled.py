@@ -30,7 +30,13 @@ def compile_blocks(denoiser):
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None):
             return tree_map_only(torch.Tensor, torch.Tensor.detach, forward(*args, **kwargs))
 
-    denoiser.forward = RecordedForward(forward_for_gradients, denoiser)
+    recorded = RecordedForward(forward_for_gradients, denoiser)
+
+    @functools.wraps(forward)
+    def forward_or_record(*args, **kwargs):
+        return (forward if torch.is_grad_enabled() else recorded)(*args, **kwargs)
+
+    denoiser.forward = forward_or_record
 
 
 def compile_decoder(pipe):
@@ -47,15 +53,15 @@ class RecordedForward:
     (on a CPU, in parts on several GPUs, with checkpointing, a network that looks at its own numbers) is called as ever.
     """
 
+    PLAIN = (type(None), bool, int, float, str, torch.dtype)
+    MOST = 16  # calls to remember
+
     def __init__(self, function, network):
-        functools.update_wrapper(self, network.forward)  # which is called where gradients are wanted
         self.function, self.network = function, network
         self.known = {}  # {call: "once" when it was seen once, then (graph, inputs, outputs), or "never"}
         self.stream = self.memory = None  # the same for all graphs, which so share what they need for a while
 
     def __call__(self, *args, **kwargs):
-        if torch.is_grad_enabled():
-            return self.__wrapped__(*args, **kwargs)
         leaves, tree = tree_flatten((args, kwargs))
         key = self.key(leaves, tree)
         if key is None:
@@ -64,7 +70,7 @@ class RecordedForward:
         if state == "once":
             state = self.record(leaves, tree)
         self.known[key] = state or "once"
-        if len(self.known) > 16:
+        if len(self.known) > self.MOST:
             self.known.pop(next(iter(self.known)))
         if not isinstance(state, tuple):
             return self.function(*args, **kwargs)
@@ -77,17 +83,24 @@ class RecordedForward:
 
     @functools.cached_property
     def tensors(self):
-        """Parameters and buffers, if all are on one GPU; looked up once, as that takes as long as a small network."""
-        tensors = [*self.network.parameters(), *self.network.buffers()]
-        places = {None if isinstance(t, DTensor) else t.device for t in tensors}
-        return tensors if places == {torch.device("cuda", torch.cuda.current_device())} else []
+        """The network's parameters and buffers; looked up once, since that takes as long as a small network's call."""
+        return [*self.network.parameters(), *self.network.buffers()]
+
+    @functools.cached_property
+    def on_one_gpu(self):
+        """Whether the network is on one GPU, all of it."""
+        places = {None if isinstance(t, DTensor) else t.device for t in self.tensors}
+        return len(places) == 1 and places.pop() == torch.device("cuda", torch.cuda.current_device())
 
     def key(self, leaves, tree):
         """What a call is known by; None if it cannot be recorded."""
         given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         fixed = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
-        plain = all(type(leaf) in (type(None), bool, int, float, str, torch.dtype) for leaf in fixed)
-        if not plain or not all(t.is_cuda for t in given) or not self.tensors:
+        if (
+            any(type(leaf) not in self.PLAIN for leaf in fixed)
+            or not all(t.is_cuda for t in given)
+            or not self.on_one_gpu
+        ):
             return None
         tensors = tuple((t.shape, t.stride(), t.dtype) for t in given)
         mode = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), self.network.training
@@ -99,7 +112,8 @@ class RecordedForward:
             return "never"
         inputs = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(inputs, tree)
-        with recording, warnings.catch_warnings(action="ignore"):  # of that mode being a prototype
+        with recording, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode")
             torch.cuda.set_sync_debug_mode("error")  # a recording that fails would leave torch's allocator in disorder
             try:
                 self.function(*args, **kwargs)

@@ -1,13 +1,10 @@
 """Standing between a pipeline and its parts for a while: a listener to their calls, and a memory of texts."""
 
 import functools
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils.torch_utils import randn_tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 
@@ -31,22 +28,6 @@ def listening(cls):
         return self.listener(functools.partial(cls.__call__, self), *args, **kwargs)
 
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
-
-
-def draw_in_threads(cls):
-    """Let a pipeline's class draw its noise by the function below."""
-    for room in {each.__module__ for each in cls.__mro__}:
-        if hasattr(sys.modules[room], "randn_tensor"):
-            sys.modules[room].randn_tensor = randn_in_threads
-
-
-def randn_in_threads(shape, generator=None, device=None, dtype=None, layout=None):
-    """diffusers' randn_tensor, bit for bit. That draws on the CPU one image after another, for which the GPU waits."""
-    if not isinstance(generator, list):
-        return randn_tensor(shape, generator, device, dtype, layout)
-    with ThreadPoolExecutor() as threads:
-        each = threads.map(lambda g: randn_tensor((1, *shape[1:]), g, g.device, dtype, layout), generator[: shape[0]])
-        return torch.cat(list(each)).to(device)
 
 
 @functools.cache

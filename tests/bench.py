@@ -204,7 +204,6 @@ class Workload:
         if args.checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         self.pipe.set_progress_bar_config(disable=True)
-        listening.draw_in_threads(type(self.pipe))
         self.pipe.__class__ = listening.with_known_device(type(self.pipe))
         self.clock.add(self.pipe.vae, "decode", "VAE")
         targets = tuple(f"attn.{name}" for name in settings.RunArgs.target_modules)  # not of attn2 of SD3.5

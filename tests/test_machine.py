@@ -6,14 +6,12 @@ import sys
 import pytest
 import torch
 from conftest import read_csv
-from diffusers.pipelines.stable_diffusion_3 import pipeline_stable_diffusion_3
-from diffusers.utils.torch_utils import randn_tensor
 from test_checkpoint import assert_same_run
 
 import common
 import grpo
 import nft
-from harness import listening, machine
+from harness import machine
 from harness.settings import QUANTIZED, RunArgs
 from rewards import make_reward
 
@@ -81,22 +79,3 @@ def test_what_is_quantised_is_frozen_and_its_packages_are_there(refused, monkeyp
     assert "quantize_text = 'nf4': needs a GPU" in refused("--quantize-text", "nf4", "--device", "cpu")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "quantize = 'int8': needs the package torchao: pip install torchao" in refused("--quantize", "int8")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_noise_drawn_in_threads_is_diffusers_own(make_pipe, dtype):
-    make_pipe()
-    assert pipeline_stable_diffusion_3.randn_tensor is listening.randn_in_threads
-    seeds, drawn = [(0, i) for i in range(9)], []
-    for draw in (randn_tensor, listening.randn_in_threads):
-        several, one = common.generators(*seeds), *common.generators((1,))
-        given = [
-            (several, (9, 4, 8, 8)),
-            (several, (9, 4, 8, 8)),
-            (several[:1], (1, 4)),
-            (one, (2, 3)),
-            (several, (1, 3)),
-        ]
-        drawn.append([draw(shape, generator, torch.device("cpu"), dtype) for generator, shape in given])
-        drawn[-1] += [g.get_state() for g in (*several, one)]
-    assert all(map(torch.equal, *drawn))
