@@ -700,12 +700,10 @@ class Metrics:
     def means(self, prefix=""):
         return {f"{prefix}{name}": torch.stack(values).mean().item() for name, values in self.values.items()}
 
-    def gathered(self):
-        """The same of all processes."""
-        everyone = Metrics()
-        rows = gather_rows({name: torch.stack(values) for name, values in self.values.items()})
-        everyone.values.update({name: list(values) for name, values in rows.items()})
-        return everyone
+    def gather(self):
+        """Take in those of all processes."""
+        everyone = gather_rows({name: torch.stack(values) for name, values in self.values.items()})
+        self.values.update({name: list(values) for name, values in everyone.items()})
 
 
 def average_clip_step(run, optimizer, policy, update, max_grad_norm):
@@ -715,7 +713,7 @@ def average_clip_step(run, optimizer, policy, update, max_grad_norm):
     update: the Metrics of this update, with each `loss` in it. Returns the means over all processes and the norm of the
     gradient before clipping; nothing of an update that was skipped.
     """
-    update = update.gathered()
+    update.gather()
     average_gradients(list(policy.values()))
     norm = gradient_norm(policy.values())
     losses = [loss.to(norm.device) for loss in update.values.get("loss", ())]

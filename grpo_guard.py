@@ -43,9 +43,7 @@ from rewards import make_rewards
 
 @dataclass
 class TrainArgs(settings.TrainArgs):
-    """What this algorithm adds to the settings of all (harness/settings.py: the prompts and groups of an epoch, the
-    optimizer, the average). The defaults are the paper's for SD3.5-medium.
-    """
+    """Beside the settings of all algorithms (harness/settings.py). The defaults are the paper's for SD3.5-medium."""
 
     trainer_type: Literal["grpo-guard"] = "grpo-guard"
     """Names this script in YAML files."""
@@ -113,9 +111,8 @@ def check(args):
         remedy = "moves a window of train.num_train_steps steps, which is None; set that too (MixGRPO has 4)"
         refuse("train.shift_interval", train.shift_interval, remedy)
     first = last - 1 if train.sde_steps == "all" else sorted(steps)[(train.num_train_steps or len(steps)) - 1]
-    most = last - first
-    if train.tail_steps is not None and not 1 <= train.tail_steps <= most:
-        remedy = f"the last stochastic step is {last - most} or later, and after it come at most {most} steps"
+    if train.tail_steps is not None and not 1 <= train.tail_steps <= last - first:
+        remedy = f"the last stochastic step is {first} or later, and after it come at most {last - first} steps"
         refuse("train.tail_steps", train.tail_steps, f"{remedy}; take 1 to that many, or None")
 
 

@@ -29,10 +29,8 @@ def add_adapters(denoisers, args):
             refuse("target_modules", args.target_modules, f"{unmatched[0]!r} is no module of {type(denoiser).__name__}")
         targets = "all-linear" if every else [*args.target_modules]
         how = dict(r=args.lora_rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian", target_modules=targets)
-        try:
+        with refusing("target_modules", args.target_modules):
             denoiser.add_adapter(peft.LoraConfig(**how))
-        except ValueError as error:
-            refuse("target_modules", args.target_modules, str(error).splitlines()[0])
 
 
 def saved_file(path):

@@ -93,9 +93,6 @@ def image_statistics(images):
     return {name: value.reshape(len(images), -1).mean(dim=1) for name, value in statistics.items()}
 
 
-GAP = 2  # pixels of the line between the base model's image and the policy's
-
-
 @torch.no_grad()
 def evaluate(pipe, args, rows, reward):
     """Make images of the evaluation's rows with the plain pipeline, and look at them.
@@ -150,20 +147,21 @@ def save_grid(path, shown, prompts, totals, base=None):
     shown: {i: (frames, H, W, 3) uint8}; prompts, totals: by the same i. base: (shown, totals) of the base model for
     the same noise, drawn at the left of each image (above each video), with a line between them and its reward.
     """
+    gap = 2  # pixels of that line
     frames, side = next(iter(shown.values())).shape[:2]
     scale, axis, tiles = max(1, 128 // side), 1 if frames == 1 else 0, []
     for i, policy in shown.items():
         tile, caption = np.hstack(policy).repeat(scale, axis=0).repeat(scale, axis=1), f"{totals[i]:.3g}"
         if base is not None:
             before = np.hstack(base[0][i]).repeat(scale, axis=0).repeat(scale, axis=1)
-            tile = np.concatenate([before, np.full_like(tile.take(range(GAP), axis), 255), tile], axis)
+            tile = np.concatenate([before, np.full_like(tile.take(range(gap), axis), 255), tile], axis)
             caption = f"base {base[1][i]:.3g}{' | ' if frames == 1 else ', below '}policy {caption}"
         height, width = tile.shape[:2]
         tiles.append(Image.new("RGB", (width + 8, height + 44), "white"))
         tiles[-1].paste(Image.fromarray(tile), (4, 4))
         prompt = "\n".join(textwrap.wrap(prompts[i], width // 6)[:2])
         ImageDraw.Draw(tiles[-1]).text((4, height + 6), f"{prompt}\n{caption}", fill="black")
-    columns = min(max(1, 8 * side * scale // (width - GAP)), len(tiles))
+    columns = min(max(1, 8 * side * scale // (width - gap)), len(tiles))
     tiles += [Image.new("RGB", tiles[0].size, "white")] * (-len(tiles) % columns)
     make_image_grid(tiles, len(tiles) // columns, columns).save(path)
 

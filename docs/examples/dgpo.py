@@ -38,9 +38,7 @@ from rewards import make_rewards
 
 @dataclass
 class TrainArgs(settings.TrainArgs):
-    """What this algorithm adds to the settings of all (harness/settings.py: the prompts and groups of an epoch, the
-    optimizer, the average). The defaults are the paper's for SD3.5-medium.
-    """
+    """Beside the settings of all algorithms (harness/settings.py). The defaults are the paper's for SD3.5-medium."""
 
     trainer_type: Literal["dgpo"] = "dgpo"
     """Names this script in YAML files."""
