@@ -23,15 +23,6 @@ logging.disable(logging.DEBUG)  # thousands of lines of torch's checkpoints besi
 torch.set_num_threads(1)  # the same result on every machine, and the fastest where the cores are shared
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the marks
-def pytest_collection_modifyitems(items):
-    """For several workers: the tests of a file stay together, those of a family of pipelines among themselves."""
-    items.sort(key=lambda item: item.path.stem not in ("test_parallel", "test_ending"))  # the longest begin first
-    for item in items:
-        family = item.callspec.params.get("family") if hasattr(item, "callspec") else None
-        item.add_marker(pytest.mark.xdist_group(family or item.path.stem))
-
-
 @pytest.fixture
 def make_pipe():
     """The embedded pipeline with an adapter that does something, in a dtype."""

@@ -114,21 +114,18 @@ def sharded(script):
     return (script, *argv), (script, "--resume", f"runs/sharded-{script}", "--train.max-epochs", "2")
 
 
-@pytest.fixture(scope="module")
-def two(work):
-    """What two processes say that run each script, and one sharded, so that they are started once."""
+def test_two_processes_are_as_one(work, monkeypatch):
+    """Each script, and one with a sharded network; the two are started once for all."""
     jobs = [(script, *arguments(f"two-{script}", "--train.max-epochs", EPOCHS[script])) for script in SCRIPTS]
-    return together(work, 2, *jobs, *sharded("grpo.py"))
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_two_processes_are_as_one(work, two, monkeypatch, script):
-    assert f"{script} -> runs/two-{script}" in two and "in calls of 1 by 2 processes" in two
-    alone(work, monkeypatch, script, *arguments(f"one-{script}", "--train.max-epochs", EPOCHS[script]))
-    one, other = (work / "runs" / f"{count}-{script}" for count in ("one", "two"))
-    assert_alike(one, other)
-    assert_close_weights(one, other, "lora/pytorch_lora_weights.safetensors")
-    assert (other / "log.txt").read_text().count("\nepoch") == int(EPOCHS[script]) + 1
+    said = together(work, 2, *jobs, *sharded("grpo.py"))
+    for script in SCRIPTS:
+        assert f"{script} -> runs/two-{script}" in said and "in calls of 1 by 2 processes" in said
+        alone(work, monkeypatch, script, *arguments(f"one-{script}", "--train.max-epochs", EPOCHS[script]))
+        one, other = (work / "runs" / f"{count}-{script}" for count in ("one", "two"))
+        assert_alike(one, other)
+        assert_close_weights(one, other, "lora/pytorch_lora_weights.safetensors")
+        assert (other / "log.txt").read_text().count("\nepoch") == int(EPOCHS[script]) + 1
+    assert_sharded_as_whole(work, monkeypatch, "grpo.py", 2)
 
 
 def test_four_go_on_where_one_has_stopped_and_one_where_four_have(work, monkeypatch):
@@ -147,13 +144,16 @@ def test_four_go_on_where_one_has_stopped_and_one_where_four_have(work, monkeypa
         assert_alike(work / "runs" / f"not-{name}", work / "runs" / name)
 
 
-@pytest.mark.parametrize("script, count", [("grpo.py", 2), pytest.param("nft.py", 4, marks=pytest.mark.faults)])
-def test_a_sharded_network_learns_the_same(work, two, monkeypatch, script, count):
-    """Also where four processes go on with what two have begun."""
-    if count == 4:
-        begun, resumed = sharded(script)
-        together(work, 2, begun)
-        together(work, 4, resumed)
+@pytest.mark.faults
+def test_four_processes_go_on_with_a_network_that_two_have_sharded(work, monkeypatch):
+    begun, resumed = sharded("nft.py")
+    together(work, 2, begun)
+    together(work, 4, resumed)
+    assert_sharded_as_whole(work, monkeypatch, "nft.py", 4)
+
+
+def assert_sharded_as_whole(work, monkeypatch, script, count):
+    """A sharded network, last run by so many processes, learns the same as a whole one."""
     alone(work, monkeypatch, script, *arguments(f"whole-{script}", *SHARDED, "--eval.eval-freq", "1"))
     shards, whole = work / "runs" / f"sharded-{script}", work / "runs" / f"whole-{script}"
     assert_same_rows(shards / "metrics.csv", whole / "metrics.csv", 1e-4)
