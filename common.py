@@ -92,8 +92,8 @@ def trainable_parameters(pipe, args, seed):
 
 def autocast(pipe):
     """The arithmetic of the pipeline: autocast where float32 parameters are trained in a half-precision model."""
-    halves = (p.dtype for m in networks(pipe).values() for p in m.parameters())
-    half = next((dtype for dtype in halves if dtype in (torch.bfloat16, torch.float16)), None)
+    dtypes = (p.dtype for m in networks(pipe).values() for p in m.parameters())
+    half = next((dtype for dtype in dtypes if dtype in (torch.bfloat16, torch.float16)), None)
     trained = (p for m in denoisers(pipe).values() for p in m.parameters() if p.requires_grad)
     single = any(p.dtype == torch.float32 for p in trained)
     return torch.autocast(pipe._execution_device.type, dtype=half) if half and single else nullcontext()
@@ -140,7 +140,7 @@ class Rollout:
     sigmas: torch.Tensor = None
     """(T + 1,) float32 noise levels, 1 -> 0, on the CPU."""
     schedule: torch.Tensor = None
-    """Those of the pipeline itself, before a tail of fewer steps."""
+    """The pipeline's own noise levels, before a tail of fewer steps."""
     steps: dict = field(default_factory=dict)
     """{k: Transition} for the stochastic steps."""
     call: dict = None
@@ -193,7 +193,7 @@ def rollout(
     # guidance that is an object may have momentum: step k then depends on what the denoiser said before
     with_momentum = any(isinstance(part, diffusers.guiders.BaseGuidance) for part in pipe.components.values())
     ahead = None
-    if sde_steps and sibling is not None and min(sibling.steps) == min(sde_steps):
+    if sde_steps and sibling is not None and min(sibling.steps, default=None) == min(sde_steps):
         ahead = _Player(sibling, min(sde_steps), sibling.steps[min(sde_steps)].x)
     recorder = _Recorder(tape, pipe, sde_steps, generator, with_momentum, ahead)
     with torch.no_grad(), autocast(pipe), _taped(pipe, recorder), remembering(pipe, texts), in_pipeline_call():
@@ -207,7 +207,7 @@ def rollout(
 
 
 class CannotReplay(NotImplementedError):
-    """What a pipeline does between its steps, or was asked for, makes a replay inexact; the message says what."""
+    """This pipeline, or what it was asked for, has no tape whose replay is exact; the message says why."""
 
 
 @contextmanager
@@ -226,20 +226,17 @@ def replay(pipe, rollout, k, x=None):
     The pipeline repeats its call: up to step k its methods and its denoiser answer from the tape, and step k itself
     runs for real, at the recorded latents or, if given, at x (of their shape).
 
-    Returns (velocity, Step): the velocity that reached the scheduler, and the recorded transition scored under it
-    (None for a step that was not stochastic, or at another x).
+    Returns (velocity, Step): the velocity that reached the scheduler, and the recorded transition scored under it,
+    or None at another x, which a step that was not stochastic needs.
     """
-    call = inspect.unwrap(type(pipe).__call__)  # without the decorator that turns gradients off
+    run = inspect.unwrap(type(pipe).__call__)  # without the decorator that turns gradients off
     player = _Player(rollout, k, rollout.steps[k].x if x is None else x)
     again = copy_nested(rollout.call)
-    if "prepare_latents" not in rollout.answers:  # then the pipeline draws them in its call, unless it is given some
-        again["latents"] = player.handed(rollout.noise)
+    if "prepare_latents" not in rollout.answers:  # then the pipeline draws them in its call, unless it is given x
+        again["latents"] = player.x_like(rollout.noise)
     with autocast(pipe), _taped(pipe, player), suppress(_Arrived):
-        call(pipe, **again)
-    velocity = player.velocity
-    if x is not None or k not in rollout.steps:
-        return velocity, None
-    return velocity, rollout.steps[k].scored(velocity)
+        run(pipe, **again)
+    return player.velocity, rollout.steps[k].scored(player.velocity) if x is None else None
 
 
 class _Recorder:
@@ -296,7 +293,7 @@ class _Recorder:
             self.tape.answers["set_timesteps"].append(copy_nested(found))
 
     def denoiser(self, forward, *args, **kwargs):
-        if self.tape.sigmas is None:  # before the device has work that it would have to end
+        if self.tape.sigmas is None:  # before the first forward, which reading them later would wait for
             self.begin_schedule()
         self.skipping = self.skipping and self.k < self.ahead.target
         if self.skipping:
@@ -345,7 +342,7 @@ class _Recorder:
 
 
 class _Player:
-    """Answers from the tape until step k, lets that happen, and stops there."""
+    """Answers from the tape, from the first step() on with the latents of step k; lets that step happen, and stops."""
 
     def __init__(self, tape, target, x):
         self.tape, self.target, self.x = tape, target, x
@@ -355,7 +352,7 @@ class _Player:
         self.velocity = None
         self.latents = None  # as the pipeline was last handed them
 
-    def handed(self, like):
+    def x_like(self, like):
         """x for the pipeline, as a tensor like another."""
         self.latents = self.x.to(like, copy=True)
         return self.latents
@@ -370,7 +367,7 @@ class _Player:
         """The given x in the place of the initial latents."""
         noise = self.tape.noise
         same = tensor.shape == noise.shape and torch.equal(tensor.to(noise), noise)
-        return self.handed(tensor) if same else tensor
+        return self.x_like(tensor) if same else tensor
 
     def set_timesteps(self, scheduler, work):
         """Leave what the rollout found, without the copies to the device that its next step would wait for."""
@@ -387,7 +384,7 @@ class _Player:
     def step(self, scheduler, output, timestep, sample):
         if self.k < self.target:
             self.k += 1
-            return self.handed(self.tape.x0)  # x at once, as a tensor like x0
+            return self.x_like(self.tape.x0)  # x at once
         untouched = sample is self.latents and sample._version == 0
         if not (untouched or self.same(sample)):
             reason = "the pipeline changes its latents itself, as where a part of them is given"
@@ -544,7 +541,7 @@ class Snapshot:
 
 
 def kl_reference(policy, train):
-    """A Snapshot of what the KL is to, the base model or the policy as it is now.
+    """The Snapshot that the KL is measured against: the base model, or the policy as it is now.
 
     policy: {name: parameter}. The base model has adapters that add nothing.
     """
@@ -716,7 +713,7 @@ def average_clip_step(run, optimizer, policy, update, max_grad_norm):
     update.gather()
     average_gradients(list(policy.values()))
     norm = gradient_norm(policy.values())
-    losses = [loss.to(norm.device) for loss in update.values.get("loss", ())]
+    losses = [loss.to(norm.device) for loss in update.values.get("loss", ())]  # without gradients it is on the CPU
     finite = torch.stack([norm.float(), *losses]).isfinite().all()
     if finite:
         torch.nn.utils.clip_grads_with_norm_(policy.values(), max_grad_norm, norm)
@@ -727,7 +724,7 @@ def average_clip_step(run, optimizer, policy, update, max_grad_norm):
         parts |= {f"the gradient of {name}": p.grad for name, p in policy.items() if p.grad is not None}
         run.skipped_update(first_not_finite(parts) or "the norm of the gradient")
     optimizer.zero_grad()
-    return {**update.means(), "grad_norm": norm.item()} if finite else {}  # without gradients it is on the CPU
+    return {**update.means(), "grad_norm": norm.item()} if finite else {}
 
 
 def gradient_norm(parameters):

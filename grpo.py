@@ -199,7 +199,7 @@ def main():
 
         # Sampling: the images of the epoch in order of (prompt, member), in calls of one batch
         steps = drawn_steps(train, epoch)
-        noisy = steps if train.sde_steps == "trained" else list(range(train.num_inference_steps - 1))
+        noisy = steps if train.sde_steps == "trained" else sorted({*steps, *range(train.num_inference_steps - 1)})
         calls = common.epoch_calls(pipe, args, rows, epoch, train.same_init_noise)
         rollouts, scoring = [], evaluation.Scoring(reward, train.group_size)
         calls = console.progress(calls, "sampling and rewards")

@@ -85,8 +85,8 @@ class TrainArgs(settings.TrainArgs):
     """The penalty: mean (v − v_ref)², mean (mean − mean_ref)² or Flow-GRPO's own, the KL of the two Gaussians per
     dimension, mean (mean − mean_ref)² / 2 std². In Flow-SDE the second is (h (1 + a²/2))² times the first."""
     kl_beta: NotNegative = 0.0  # new in GRPO-Guard
-    """Weight of the KL penalty; 0 keeps no copy of the base model. As the loss beside it is divided by h, 1 / h times
-    as much weighs as it does in grpo.py."""
+    """Weight of the KL penalty; 0 keeps no copy of the base model. The policy loss is divided by h and the KL is not,
+    so that about 1 / h times the kl_beta of grpo.py weighs the same."""
     learning_rate: NotNegative = 1e-4  # new in GRPO-Guard
     """Of AdamW, constant."""
 
@@ -206,7 +206,7 @@ def main():
 
         # Sampling: the images of the epoch in order of (prompt, member), in calls of one batch
         steps = drawn_steps(train, epoch)
-        noisy = steps if train.sde_steps == "trained" else list(range(train.num_inference_steps - 1))
+        noisy = steps if train.sde_steps == "trained" else sorted({*steps, *range(train.num_inference_steps - 1)})
         calls = common.epoch_calls(pipe, args, rows, epoch, train.same_init_noise)
         rollouts, scoring = [], evaluation.Scoring(reward, train.group_size)
         calls = console.progress(calls, "sampling and rewards")

@@ -31,6 +31,8 @@ def test_all_steps_may_be_stochastic_and_some_of_them_trained(start, monkeypatch
     monkeypatch.setattr(grpo, "first_step_contract", lambda *_: None)
     start(grpo, "--train.sde-steps", "all", "--train.num-train-steps", 1, "--train.max-epochs", 1)
     assert noisy == [[0, 1, 2]] * 2 and len(trained) == 1
+    start(grpo, "--train.sde-steps", "all", "--train.train-steps", 3, "--train.max-epochs", 1, name="last")
+    assert noisy[2:] == [[0, 1, 2, 3]] * 2 and 3 in trained
 
 
 def test_the_exact_kl_is_that_of_the_gaussians():  # G5
