@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Optional, Union
 
 import diffusers
 import numpy as np
@@ -146,7 +146,7 @@ class Rollout:
     call: dict = None
     rows: list = None
     """Of a `Call`: what each image was made of."""
-    dynamics_type: str = None
+    dynamics_type: Union[str, Callable] = None
     noise_level: float = None
     tail_start: int = 0
     tail_steps: Optional[int] = None
@@ -211,12 +211,12 @@ class CannotReplay(NotImplementedError):
 
 
 @contextmanager
-def in_pipeline_call():
-    """Around a call of the pipeline: what it raises is marked as its own."""
+def in_pipeline_call(its_own=True):
+    """Around a call of the pipeline: what it raises is marked as its own, but for what a step rule within it raises."""
     try:
         yield
     except Exception as error:
-        error.in_pipeline_call = True
+        error.in_pipeline_call = getattr(error, "in_pipeline_call", its_own)
         raise
 
 
@@ -325,7 +325,8 @@ class _Recorder:
                 dynamics.step, tape.dynamics_type, sigma=sigma, sigma_next=sigma_next, noise_level=tape.noise_level,
                 sigma_second=self.second,
             )  # fmt: skip
-            taken = rule(v=velocity, x=x, generator=self.generator)
+            with in_pipeline_call(its_own=False):
+                taken = rule(v=velocity, x=x, generator=self.generator)
             if taken.x_next.dtype != output.dtype:  # pass on the dtype that diffusers passes on, and score that
                 taken = rule(v=velocity, x=x, x_next=taken.x_next.to(output.dtype))
             tape.steps[k] = Transition(x, taken.x_next, taken.log_prob, velocity.detach(), rule)

@@ -113,6 +113,8 @@ def step(
     if mean.shape != x.shape or not fits:
         given = f"mean {tuple(mean.shape)} and std {tuple(std.shape)} for x {tuple(x.shape)}"
         raise ValueError(f"{rule} returned {given}; mean must have x's shape, std be 0-dimensional or (B, 1, ...)")
+    if not (std >= 0).all():
+        raise ValueError(f"{rule} returned a std that is negative or no number")
     random = bool((std > 0).any())
     if x_next is None:
         drawn = mean + std * _randn(x, generator) if random else mean

@@ -65,8 +65,8 @@ def _add_saved(denoiser, name, names, path):
     modules = dict(denoiser.named_modules())
     if strange := [key for key in state if key.partition(".lora_")[0] not in modules]:
         raise ValueError(f"{strange[0]} fits no module of {type(denoiser).__name__}")
-    config = saved and {key: value for key in PLAIN if (value := saved.get(f"{prefix}{key}", saved.get(key)))}
     try:
+        config = saved and {key: value for key in PLAIN if (value := saved.get(f"{prefix}{key}", saved.get(key)))}
         denoiser.load_lora_adapter(state, prefix=None, adapter_name="default", metadata=config)
         for key, value in state.items():  # again, in float32: a model in bfloat16 has rounded them
             parameter = denoiser.get_parameter(f"{key.removesuffix('.weight')}.default.weight")

@@ -26,7 +26,7 @@ def parse_args(Args, description, argv=None):
     given, _ = parser.parse_known_args(argv)
     args, kinds, said = Args(), fields_of(Args), []
     set_by.clear()
-    config = _read_yaml("config", given.config, kinds, said) if given.config else {}
+    config = _read_yaml("config", given.config, kinds, said) if given.config is not None else {}
     defaults = Path(str(given.model or config.get("model") or args.model)) / "defaults.yaml"
     if given.resume:
         places = Path(given.resume), Path(given.output_dir or args.output_dir) / given.resume
@@ -42,6 +42,7 @@ def parse_args(Args, description, argv=None):
     args.config = given.config
     typed = flatten(tyro.cli(Args, description=description, args=argv, default=args))
     _lay_over(args, {key: value for key, value in typed.items() if value != flatten(args)[key]}, "you")
+    fields.validated(kinds, flatten(args))  # what no layer has set is a copied script's own
     if given.resume:
         _check_resumed(args, run, recorded, kinds)
         return args, said
@@ -125,8 +126,8 @@ def began_with(run):
     path = run / "environment.yaml"
     with refusing("--resume", str(path)):
         began = mapping(fields.from_yaml(fields.read_text("--resume", path)))
-        known = began | mapping(began.get("files"))
-        if missing := {"folder", "started", "prompts", "eval.prompts", "script"} - known.keys():
+        files = mapping(began.get("files"))
+        if missing := {"folder", "started"} - began.keys() | {"prompts", "eval.prompts", "script"} - files.keys():
             raise ValueError(f"does not say {min(missing)!r} of the run's beginning; put back what the run wrote there")
     return began
 

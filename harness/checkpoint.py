@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -18,6 +19,8 @@ from torch.distributed.tensor import DTensor
 from harness.arguments import repeatable
 from harness.fields import refuse
 from harness.parallel import first_not_finite, gather, rank
+
+OURS = re.compile(r"epoch_\d+(_evaluated)?")  # a copy that somebody keeps beside them has another name
 
 
 @contextmanager
@@ -69,7 +72,7 @@ def check_finite(run, epoch, policy):
 
 def checkpoints(run_folder):
     """The checkpoints of a run, oldest first; without its SHA256SUMS one is being written or removed, and is none."""
-    complete = [path.parent for path in run_folder.glob("checkpoints/epoch_*/SHA256SUMS")]
+    complete = [path.parent for path in run_folder.glob("checkpoints/*/SHA256SUMS") if OURS.fullmatch(path.parent.name)]
     return sorted(complete, key=lambda path: (int(path.name.split("_")[1]), path.name))
 
 
@@ -81,7 +84,9 @@ def damage(checkpoint):
         for name in {path.name for path in checkpoint.iterdir()} - {"SHA256SUMS"} | sums.keys() | {"state.json"}:
             if sha256(checkpoint / name) != sums[name]:
                 return f"{name} does not have its checksum"
-    except (OSError, ValueError, KeyError) as error:
+        if {"epoch", "updates", "args", "rows"} - json.loads((checkpoint / "state.json").read_text()).keys():
+            return "state.json is not a run's"
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
 
 
@@ -164,8 +169,9 @@ class Checkpoint:
             file.write(sums)
         found = checkpoints(run.folder)
         kept = found[max(0, found.index(folder) + 1 - run.args.keep_checkpoints) :]  # later ones are damaged
-        for other in set(run.folder.glob("checkpoints/epoch_*/")) - set(kept):
-            shutil.rmtree(other)
+        for other in set(run.folder.glob("checkpoints/*/")) - set(kept):
+            if OURS.fullmatch(other.name):
+                shutil.rmtree(other)
 
     def begin(self, evaluate):
         """Log the base model, or take up a resumed run where its newest checkpoint is.

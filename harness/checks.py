@@ -23,6 +23,7 @@ from harness.parallel import world_size
 from harness.run import is_unused
 from harness.settings import QUANTIZED
 
+MOST_IMAGES = 1_000_000  # of an epoch, or of an evaluation
 SET_BY_THE_SCRIPT = (  # arguments of the pipeline that --call cannot set; prompt_2 to 4 are each prompt by default
     *("prompt", "height", "width", "num_inference_steps", "guidance_scale", "generator", "latents"),
     *("num_images_per_prompt", "num_videos_per_prompt", "output_type", "return_dict"),
@@ -52,7 +53,8 @@ def check_steps(args):
     require(steps and steps == sorted({*steps} & {*range(last + 1)}), args, "train.train_steps", remedy)
     remedy = f"must be 1 to {len(steps)}, or None: train.train_steps has the candidates {steps}"
     require(train.num_train_steps in (None, *range(1, len(steps) + 1)), args, "train.num_train_steps", remedy)
-    require(train.dynamics_type != "CPS" or train.noise_level <= 1, args, "train.noise_level", "CPS takes at most 1")
+    cps = getattr(train, "dynamics_type", None) == "CPS"  # a copied script may have but one rule
+    require(not cps or train.noise_level <= 1, args, "train.noise_level", "CPS takes at most 1")
 
 
 def check_batches(args):
@@ -62,7 +64,10 @@ def check_batches(args):
     nearest = max(1, round(prompts / processes)) * processes
     remedy = f"each of {processes} processes takes as many prompts, with all images of each; {nearest} would do"
     require(prompts % processes == 0, args, "train.unique_sample_num_per_epoch", remedy)
-    images = prompts * train.group_size // processes
+    images = prompts * train.group_size
+    remedy = f"makes {images} images an epoch (x group_size); at most {MOST_IMAGES} will do"
+    require(images <= MOST_IMAGES, args, "train.unique_sample_num_per_epoch", remedy)
+    images //= processes
     each = f" of each of {processes} processes" if processes > 1 else ""
     nearest = min((b for b in range(1, images + 1) if images % b == 0), key=lambda b: abs(b - batch))
     what = f"the {images} images of an epoch{each} (unique_sample_num_per_epoch x group_size)"
@@ -121,6 +126,8 @@ def check_prompts_and_rewards(args, takes):
             rewards.check_rewards(named, [row["prompt"] for row in rows], rows=rows)
     with refusing("reward_options", args.reward_options):
         rewards.check_rewards(asked, options=args.reward_options)
+    images = len(rows) * args.eval.images_per_prompt
+    require(images <= MOST_IMAGES, args, "eval.images_per_prompt", f"makes {images} images, not at most {MOST_IMAGES}")
 
 
 def check_model(args):
@@ -145,7 +152,8 @@ def check_model(args):
     _, *takes = inspect.signature(pipeline.__call__).parameters.values()  # after self
     takes = {parameter.name: inspect.formatannotation(parameter.annotation) for parameter in takes}
     check_call(args, named, takes)
-    check_resolutions(args, vae, denoiser)
+    with refusing("model", args.model, AttributeError, LookupError, TypeError):  # a config.json that is not diffusers'
+        check_resolutions(args, vae, denoiser)
     return takes
 
 

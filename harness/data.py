@@ -6,7 +6,6 @@ path beside the file; all of it goes to rewards that ask for rows. `weight` is h
 
 import functools
 import json
-import math
 from pathlib import Path
 
 from PIL import Image
@@ -33,8 +32,8 @@ def _row(row, folder):
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise ValueError('should be an object with a text under "prompt"')
     weight = row.get("weight", 1)
-    if type(weight) not in (int, float) or not 0 <= weight < math.inf:
-        raise ValueError(f"weight = {weight!r} should be a number of at least 0")
+    if type(weight) not in (int, float) or not 0 <= weight <= 1e9:
+        raise ValueError(f"weight = {weight!r:.40} should be a number from 0 to 1e9")
     for key in filter(is_picture, row):
         try:
             Image.open(folder / row[key]).close()  # its header alone

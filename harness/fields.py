@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 MAY_CHANGE = "may change on --resume"  # beside the type of a field
 FINITE = ConfigDict(allow_inf_nan=False, coerce_numbers_to_str=True)
-Name = Annotated[str, Field(min_length=1)]  # also no text that is not Unicode, which no file could keep
+Name = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # also no text that is not Unicode, which no file could keep
 Count = Annotated[int, Field(ge=1)]
 Size = Annotated[int, Field(ge=1, le=10_000)]
 Resolution = Union[Count, tuple[Count, Count]]
@@ -93,7 +93,7 @@ def from_yaml(text):
 
 def mapping(value):
     """What should be a mapping in a YAML text, {} where there is nothing; a ValueError for anything else."""
-    if not isinstance(value or {}, dict):
+    if not isinstance(value, dict | None):
         raise ValueError(f"{reprlib.repr(value)} should be a mapping of keys to values")
     return value or {}
 

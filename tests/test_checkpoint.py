@@ -241,8 +241,8 @@ def test_what_the_run_began_with_must_be_there(runs, finished, file, text):
     (finished / file).unlink()
     if text is not None:
         (finished / file).write_bytes(text.encode("latin-1"))
-    said = runs.refusal(grpo)
-    assert f"error: --resume = '{finished / file}': " in said and (file != "args.yaml" or "is empty" in said)
+    said, what = runs.refusal(grpo), "[] should be a mapping" if text == "[]" else "is empty"
+    assert f"error: --resume = '{finished / file}': " in said and (file != "args.yaml" or what in said)
 
 
 @pytest.mark.parametrize("name", ["a\0b", os.fsdecode(b"a\xff")], ids=["NUL", "not UTF-8"])
@@ -290,6 +290,12 @@ def without_a_line(path):
 def test_damage_is_found(tmp_path, name, spoil):
     for file in ("shard-1.safetensors", "shard-2.safetensors", "state.json"):
         (tmp_path / file).write_text(f"{file}\n" * 10)
+    for text in ("{", "[1]", '{"epoch": 1}'):  # with checksums that are right
+        (tmp_path / "state.json").write_text(text)
+        write_sums(tmp_path)
+        assert damage(tmp_path)
+    state = dict.fromkeys(("epoch", "updates", "args", "rows"), [*range(9)])
+    (tmp_path / "state.json").write_text(json.dumps(state, indent=1))
     write_sums(tmp_path)
     assert damage(tmp_path) is None
     spoil(tmp_path / name)
@@ -303,6 +309,9 @@ def test_damaged_checkpoints_are_passed_over(runs, finished, capsys):
     for epoch in (1, 4):  # left by processes that were killed while they removed one and wrote the other
         shutil.copytree(file.parent, finished / "checkpoints" / f"epoch_000{epoch}_evaluated")
         (finished / "checkpoints" / f"epoch_000{epoch}_evaluated" / "SHA256SUMS").unlink()
+    copies = [finished / "checkpoints" / name for name in ("epoch_0001.bak", "epoch_0002_evaluated.bak", "epoch_best")]
+    for copied in copies:  # which a user keeps: none of the run's own
+        shutil.copytree(checkpoints(finished)[0], copied)
     capsys.readouterr()
     runs.resume(grpo, "--train.max-epochs", 4, "--keep-checkpoints", 1)
     said = capsys.readouterr().out
@@ -310,7 +319,8 @@ def test_damaged_checkpoints_are_passed_over(runs, finished, capsys):
         assert f"damaged: {damaged}: {file.name} does not have its checksum; epoch_0001 is used" in said
     assert "resumed: epochs up to 1 are done" in said and "epoch    2" in said and "epoch    1" not in said
     assert "max_epochs: 4" in (finished / "args.yaml").read_text()
-    shutil.rmtree(finished / "checkpoints" / "epoch_0007")
+    for extra in (finished / "checkpoints" / "epoch_0007", *copies):
+        shutil.rmtree(extra)
     assert [*(finished / "checkpoints").iterdir()] == checkpoints(finished)
     assert_same_run(runs.whole(4), finished)
 

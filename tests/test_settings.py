@@ -85,6 +85,10 @@ def test_a_copied_script_is_told_what_it_lost_or_keeps_it(tmp_path, monkeypatch,
     assert "trainer_type: Literal['mine', 'grpo'] in the script takes one's" in said[0]
     refused = ends(lambda: parse(*argv, Args=alone))
     assert "train.trainer_type = 'grpo'" in refused and "this script is the trainer 'mine'" in refused
+    wrong = (HERE / "grpo.py").read_text().replace("noise_level: Positive = 0.7", "noise_level: Positive = -0.7")
+    (tmp_path / "wrong.py").write_text(wrong)
+    refused = ends(lambda: parse(Args=importlib.import_module("wrong").Args))
+    assert "train.noise_level = -0.7: should be greater than 0" in refused
     args, said = parse(*argv, Args=with_grpo)
     assert args.train.train_steps == [3, 4, 5] and args.train.seed == 3 and args.train.trainer_type == "mine"
     assert "sets train.clip_range for grpo, which this script does not have" in said[0] and "none for" not in str(said)
@@ -182,7 +186,18 @@ REFUSALS = [
     ("--pipeline AutoencoderKL", "pipeline = 'AutoencoderKL'", "is no pipeline of diffusers"),
     ("--config nowhere.yaml", "--config = 'nowhere.yaml'", "No such file"),
     ("--resume", "Missing value", "--resume"),
-    ("--resume=", "resume = ''", "at least 1 character"),
+    ("--resume=", "resume = ''", "should match pattern"),
+    ("--config=", "--config = ''", "is a folder or a device"),
+    (
+        "--train.group-size 1000 --train.unique-sample-num-per-epoch 9999",
+        "train.unique_sample_num_per_epoch = 9999",
+        "makes 9999000 images an epoch",
+    ),
+    (
+        "--eval.images-per-prompt 10000 --eval.prompts shapes/prompts/train.txt",
+        "eval.images_per_prompt = 10000",
+        "images",
+    ),
     (f"--resume {'x' * 300}", "resume = 'xxx", "there is no run"),
     ("--lora nowhere", "lora = 'nowhere'", "no .safetensors file of adapters"),
     (f"--lora {__file__}", "lora = '/", "no .safetensors file of adapters"),
@@ -225,6 +240,8 @@ def test_noise_levels_that_do_not_fall_are_refused(refused, levels):
         ("train:", "train = None", "is empty in @; leave it out"),
         ("trainers: {grpo: {call: 3}}", "--config", "3 should be a mapping"),
         ("train: 3", "--config", "3 should be a mapping"),
+        ("train: []", "--config", "[] should be a mapping"),
+        ('output_dir: "a\\0b"', "output_dir = 'a\\x00b'", "should match pattern"),
         ("- 1", "--config", "[1] should be a mapping"),
         ("trainers: {nft: 3}", "--config", "3 should be a mapping"),
         ("a: [", "--config", "'a: [' is not YAML"),
@@ -296,6 +313,8 @@ FLOW = '"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]'
             "FlowMatchLCM",
         ),
         ("args.yaml", "", "--model @/..", "a run's folder"),
+        ("vae/config.json", '{"block_out_channels": 4}', "--model @", "object of type 'int' has no len()"),
+        ("transformer/config.json", '{"pos_embed_max_size": "abc"}', "--model @", "model = '"),
         ("mine.py", "import sys\nsys.exit(3)\n", "--reward @/mine.py:f=1", "mine.py does not load: SystemExit: 3"),
         ("p.txt", "\n \n", "--prompts @/p.txt", "holds no prompt"),
         ("p.txt", "a red circle\nan astronaut\n", "--prompts @/p.txt --reward shapes=1", "'an astronaut' is outside"),

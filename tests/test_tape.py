@@ -321,3 +321,20 @@ def test_only_equal_calls_share_them(pipe, call, change):
     alone = sde(pipe, own.kwargs, [2], own.noise, texts={})
     first, tape = common.sample(pipe, [circles(call, 0), again], "Flow-SDE", 0.7, [2])
     assert torch.equal(tape.images, alone.images) and not torch.equal(tape.images, first.images)
+
+
+def test_a_mistake_in_a_step_rule_is_the_scripts_own(pipe, call):
+    """Not the pipeline's, which would be taken for a fault of what it was called with."""
+
+    def misspelt(v, x, *_):
+        return x - v, no_such_name  # noqa: F821
+
+    with pytest.raises(NameError) as found:
+        rollout(pipe, call(), misspelt, 0.7, [0])
+    assert not found.value.in_pipeline_call
+    for std in (float("nan"), -1.0):
+        with pytest.raises(ValueError, match="returned a std that is negative or no number"):
+            rollout(pipe, call(), lambda v, x, *_, std=std: (x - v, torch.tensor(std)), 0.7, [0])
+    with pytest.raises(TypeError) as found:
+        rollout(pipe, call() | {"no_such_argument": 1}, "Flow-SDE", 0.7, [0])
+    assert found.value.in_pipeline_call
