@@ -74,7 +74,7 @@ def check_batches(args):
     require(images % batch == 0, args, "train.per_device_batch_size", f"does not divide {what}; {nearest} would")
     calls = images // batch
     good = [u for u in range(1, calls + 1) if calls % u == 0]
-    remedy = f"must divide the {calls} pipeline calls of an epoch{each}: one of {good}, or change per_device_batch_size"
+    remedy = f"must divide the {calls} calls of {batch} images of an epoch{each}: take one of {good}, or other calls"
     require(train.gradient_step_per_epoch in good, args, "train.gradient_step_per_epoch", remedy)
 
 
@@ -132,6 +132,8 @@ def check_prompts_and_rewards(args, takes):
 
 def check_model(args):
     """{name: annotation} of what the pipeline takes; refuses a model or class that is none, or no rectified flow."""
+    there = os.path.exists(args.model) or not args.model.startswith((".", "/", "~"))  # which no hub id does
+    require(there, args, "model", "no diffusers folder: it is not there")
     try:
         index = DiffusionPipeline.load_config(args.model)
         scheduler = (index.get("scheduler") or [None, None])[1]

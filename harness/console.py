@@ -1,5 +1,6 @@
 """What a script says and leaves unsaid on the console."""
 
+import os
 from contextlib import contextmanager
 
 import diffusers
@@ -38,9 +39,10 @@ def plan(args, policy, trained_steps, networks):
     most = "at most " if getattr(train, "tail_steps", None) else ""
     forwards = images * train.num_inference_steps
     replays = images * trained_steps * train.num_inner_epochs * networks
+    model = os.path.relpath(args.model) if os.path.isdir(args.model) else args.model
     twice = " (twice as many where guidance takes a second pass)" if train.guidance_scale > 1 else ""
     return (
-        f"training {sum(p.numel() for p in policy.values()):,} parameters ({args.finetune_type}) of {args.model}\n"
+        f"training {sum(p.numel() for p in policy.values()):,} parameters ({args.finetune_type}) of {model}\n"
         f"an epoch: {train.unique_sample_num_per_epoch} x {train.group_size} = {images} images, in calls of "
         f"{train.per_device_batch_size}{by}; updates: {train.gradient_step_per_epoch * train.num_inner_epochs}, "
         f"each over trained steps: {trained_steps};\n"

@@ -65,7 +65,7 @@ class EvalArgs:
     """Evaluation is the plain pipeline under its own ODE, on fixed prompts and fixed noise."""
 
     prompts: Optional[str] = None
-    """Text file of held-out prompts, one a line. None evaluates on the training prompts."""
+    """Held-out prompts, in a file of either kind. None evaluates on the training prompts."""
     images_per_prompt: Size = 1
     """Images made of each evaluation prompt. From 2 on the spread within these groups is logged."""
     reward: pairs(float) = field(default_factory=dict)
@@ -131,7 +131,7 @@ class RunArgs:
     cpu_threads: Optional[Annotated[int, Field(ge=1, le=4096)]] = None
     """Threads of torch on the CPU; None leaves the choice to torch. Another number can change the last digits."""
     prompts: Optional[str] = None
-    """Text file of training prompts, one a line; blank lines do not count."""
+    """Training prompts: a text file, one a line, or a .jsonl file of rows (docs/data.md)."""
     reward: pairs(float) = field(default_factory=dict)
     """Weighted rewards, in the place of the model's own, e.g. jpeg_compressibility=0.1 my_rewards.py:brightness=1."""
     reward_options: pairs(object) = field(default_factory=dict)

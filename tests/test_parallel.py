@@ -259,7 +259,7 @@ def test_processes_that_drift_apart_are_found(start, monkeypatch):
             "--train.per-device-batch-size 8",
             "of each of 4 processes (unique_sample_num_per_epoch x group_size); 4 w",
         ),
-        (4, 4, "--train.gradient-step-per-epoch 2", "1 pipeline calls of an epoch of each of 4 processes"),
+        (4, 4, "--train.gradient-step-per-epoch 2", "images of an epoch of each of 4 processes"),
         (4, 8, "--device meta", "each process has a device of its own"),
         (4, 8, "--shard", "add --finetune-type full"),
         (4, 8, "", "this machine has 2"),
