@@ -414,6 +414,14 @@ def test_an_update_is_adamws_of_clipped_gradients(runs, script, most):
         assert_close(averages[epoch], expected)
 
 
+def test_the_norm_of_an_update_without_gradients_is_a_number():
+    """A tensor would be on the CPU, and those of the epoch's other updates on a GPU: their mean fails."""
+    parameter, run = torch.nn.Parameter(torch.ones(2)), SimpleNamespace()
+    optimizer = torch.optim.AdamW([parameter])
+    metrics = common.average_clip_step(run, optimizer, {"name": parameter}, common.Metrics(), 1.0)
+    assert type(metrics["grad_norm"]) is float and metrics["grad_norm"] == 0
+
+
 INF = float("inf")
 
 
