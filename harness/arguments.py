@@ -40,8 +40,8 @@ def parse_args(Args, description, argv=None):
     recorded = flatten(args)
     _lay_over(args, config, given.config)
     args.config = given.config
-    typed = flatten(tyro.cli(Args, description=description, args=argv, default=args))
-    _lay_over(args, {key: value for key, value in typed.items() if value != flatten(args)[key]}, "you")
+    before, typed = flatten(args), flatten(tyro.cli(Args, description=description, args=argv, default=args))
+    _lay_over(args, {key: value for key, value in typed.items() if value != before[key]}, "you")
     fields.validated(kinds, flatten(args))  # what no layer has set is a copied script's own
     if given.resume:
         _check_resumed(args, run, recorded, kinds)

@@ -60,7 +60,7 @@ def sha256(path):
 
 def checksum(parameters):
     """The sum of all bits of float32 parameters as integers; 0 of sharded ones."""
-    return sum(p.detach().view(torch.int32).sum().item() for p in parameters if not isinstance(p, DTensor))
+    return int(sum(p.detach().view(torch.int32).sum() for p in parameters if not isinstance(p, DTensor)))
 
 
 def check_finite(run, epoch, policy):
@@ -223,7 +223,8 @@ class Checkpoint:
 def _its_own_error():
     """Raise what went wrong in a process as it was there, and say nothing of there being only one."""
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
             yield
     except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from error

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from common import autocast, call_arguments, copy_nested, generators, in_pipeline_call, rollout
 from harness.console import progress
 from harness.data import with_pictures
+from harness.judges.weights import pixels
 from harness.parallel import gather, gather_rows, local_shard, recording
 
 
@@ -134,11 +135,6 @@ def evaluate(pipe, args, rows, reward):
 def evenly(count, most):
     """Up to `most` indices below count, evenly taken, the first and the last among them."""
     return np.linspace(0, count - 1, min(most, count)).astype(int).tolist()
-
-
-def pixels(images):
-    """Images (B, 3, H, W) in [0, 1] as an array (B, H, W, 3) of uint8."""
-    return (images.float().permute(0, 2, 3, 1) * 255).round().clamp(0, 255).byte().cpu().numpy()
 
 
 def save_grid(path, shown, prompts, totals, base=None):

@@ -75,7 +75,8 @@ def gather_rows(named):
 def first_not_finite(named):
     """The name of the first of {name: tensor} with a value that is not finite, in any process; or None."""
     local = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in named.items()}
-    wrong = gather([name for name, t in local.items() if not t.isfinite().all()])
+    finite = {name: t.isfinite().all() for name, t in local.items()}  # all of them before the device is waited for
+    wrong = gather([name for name, holds in finite.items() if not holds])
     return next((name for names in wrong for name in names), None)
 
 

@@ -18,7 +18,6 @@ import filelock
 import numpy as np
 import torch
 from peft import get_peft_model_state_dict
-from PIL import Image
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm import tqdm
 
@@ -26,8 +25,9 @@ from common import denoisers, seed_global_generators
 from harness.arguments import began_with, repeatable
 from harness.checkpoint import atomic_file, atomic_folder, check_finite, newest_checkpoint, sha256
 from harness.data import read_rows
-from harness.evaluation import evaluate, pixels, save_curve, save_grid
+from harness.evaluation import evaluate, save_curve, save_grid
 from harness.fields import MAY_CHANGE, fields_of, refuse, to_yaml
+from harness.judges.weights import to_pil
 from harness.parallel import gather, rank, world_size
 from harness.settings import HERE
 
@@ -170,8 +170,8 @@ class Run:
             except ValueError as error:  # which is what rewards.py makes of all failures
                 failed = self.folder / f"failed_reward{rank() or ''}"
                 with atomic_folder(failed) as folder:
-                    for i, frame in enumerate(pixels(images.flatten(0, -4))):  # those of videos one after another
-                        Image.fromarray(frame).save(folder / f"{i:04d}.png")
+                    for i, frame in enumerate(to_pil(images.flatten(0, -4))):  # those of videos one after another
+                        frame.save(folder / f"{i:04d}.png")
                     (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
                 what = str(error).removeprefix("error: ")
                 raise self.error(f"{what}; its images and prompts are in {failed}") from error

@@ -24,10 +24,14 @@ Model = Annotated[str, AfterValidator(_can_be_found)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
+def pixels(images):
+    """Images (B, 3, H, W) in [0, 1] as an array (B, H, W, 3) of uint8."""
+    return (images.float().permute(0, 2, 3, 1) * 255).round().clamp(0, 255).byte().cpu().numpy()
+
+
 def to_pil(images) -> list[Image.Image]:
     """(B, 3, H, W) in [0, 1] as PIL images, of 8 bits."""
-    pixels = (images.permute(0, 2, 3, 1) * 255).round().clamp(0, 255).byte().cpu().numpy()
-    return [Image.fromarray(image) for image in pixels]
+    return [Image.fromarray(image) for image in pixels(images)]
 
 
 def encode(image: Image.Image, kind, **settings) -> bytes:
