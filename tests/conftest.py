@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub client is imported
 
@@ -19,6 +20,7 @@ from harness import ending, machine
 from harness.settings import RunArgs
 
 SCRIPTS = {"grpo.py": grpo, "grpo_guard.py": grpo_guard, "nft.py": nft}
+MINE = Path(__file__).with_name("mine.py")  # rewards
 logging.disable(logging.DEBUG)  # thousands of lines of torch's checkpoints beside each failure
 torch.set_num_threads(1)  # the same result on every machine, and the fastest where the cores are shared
 
@@ -59,16 +61,15 @@ def call():
 
 
 def write_prompts(folder):
-    """The command line, typed there, that names two short prompt files."""
+    """The command line that names two short prompt files in a folder."""
     (folder / "train.txt").write_text("a red circle\na blue square\nthree green triangles\n")
     (folder / "eval.txt").write_text("a white cross\ntwo red circles\n")
-    return ["--prompts", "train.txt", "--eval.prompts", "eval.txt"]
+    return ["--prompts", f"{folder}/train.txt", "--eval.prompts", f"{folder}/eval.txt"]
 
 
 @pytest.fixture
 def prompt_files(tmp_path):
-    """The command line that names two short prompt files from anywhere."""
-    return [word if word.startswith("--") else str(tmp_path / word) for word in write_prompts(tmp_path)]
+    return write_prompts(tmp_path)
 
 
 SMALL = [

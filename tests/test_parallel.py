@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, SMALL, read_csv, write_prompts
+from conftest import MINE, SCRIPTS, SMALL, read_csv, write_prompts
 from safetensors.torch import load_file
 
 import common
@@ -23,7 +23,6 @@ from harness.checkpoint import checkpoints, damage
 
 ROOT = Path(common.__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-MINE = ROOT / "tests" / "mine.py"
 RUN = [
     *("--train.unique-sample-num-per-epoch", "4", "--train.group-size", "2", "--train.per-device-batch-size", "1"),
     *("--train.num-inference-steps", "3", "--train.kl-beta", "0.04", "--train.max-grad-norm", "1e-3"),

@@ -19,7 +19,7 @@ import pytest
 import tiny_pipelines
 import torch
 from conditioned_pipelines import BARE, CONDITIONED, GIVEN, LTX
-from conftest import read_csv
+from conftest import MINE, read_csv
 from PIL import Image
 from test_tape import by_hand
 
@@ -115,6 +115,8 @@ def made(family, dtype):
 
 def test_replay_is_the_rollout(made):
     assert len(made.tape.steps) == (3 if made.whole else 2) and made.tape.images.isfinite().all()
+    trained = [p for each in common.denoisers(made.pipe).values() for p in each.parameters() if p.requires_grad]
+    assert len(made.parameters) == len(trained) > 0 and all(p.dtype == torch.float32 for p in trained)
     for k, taken in made.tape.steps.items():
         velocity, step = common.replay(made.pipe, made.tape, k)
         assert torch.equal(velocity, taken.velocity), f"velocity of step {k}"
@@ -124,22 +126,14 @@ def test_replay_is_the_rollout(made):
         assert sum(g.float().square().sum() for g in gradients if g is not None) > 0, f"gradient of step {k}"
 
 
-@contextlib.contextmanager
-def no_encoding(pipe):
-    """Within it the text encoders fail where they are called in the ordinary way; some pipelines call parts of them."""
-    encoders = [network for name, network in common.networks(pipe).items() if name.startswith("text_encoder")]
-    with contextlib.ExitStack() as stack:
-        for encoder in encoders:
-            handle = encoder.register_forward_pre_hook(lambda *_: pytest.fail("encodes again"))
-            stack.callback(handle.remove)
-        yield
-
-
 def test_what_is_known_already_changes_nothing(made, family):
     """Texts that were encoded before, and the pictures and steps before the noise of a call from the same start."""
     texts = {}
     first = sample(made.pipe, made.call, [1], texts=texts)
-    with contextlib.nullcontext() if family in ENCODE_AGAIN else no_encoding(made.pipe):
+    with contextlib.ExitStack() as stack:
+        for name, network in common.networks(made.pipe).items():
+            if name.startswith("text_encoder") and family not in ENCODE_AGAIN:
+                stack.enter_context(network.register_forward_pre_hook(lambda *_: pytest.fail("encodes again")))
         alone = sample(made.pipe, made.call, [1], texts=texts)
         shared = sample(made.pipe, made.call, [1], texts=texts, sibling=first)
     for other in (alone, shared):
@@ -215,28 +209,15 @@ def test_one_prompt_with_its_bare_pictures(pictured):
     assert len(tape.images) == 1 and torch.equal(common.replay(pipe, tape, 1)[1].log_prob, tape.steps[1].log_prob)
 
 
-def first_velocity(pipe, call):
-    """What the first step is given, of a call that ends there."""
-
-    class Found(BaseException):
-        pass
-
-    def found(velocity, *_):
-        raise Found(velocity)
-
-    with pytest.raises(Found) as caught:
-        sample(pipe, call, [0], found, 1.0)
-    return caught.value.args[0]
-
-
 def test_a_list_of_pictures_is_one_for_each_prompt(pictured):
     """Then the first prompt's image does not depend on the second's picture."""
     pipe, call = fresh(pictured)
     size = 64 if pictured.startswith("flux2") else call["height"]
-    call = call | {key: conditioned.pictures(size) for key in picture_keys(call)} | {"prompt": tiny_pipelines.PROMPTS}
+    call |= {key: conditioned.pictures(size) for key in picture_keys(call)}
+    call["prompt"] = tiny_pipelines.PROMPTS
     key = picture_keys(call)[0]
     try:
-        one, other = (first_velocity(pipe, call | {key: conditioned.pictures(size, 0, last)}) for last in (1, 2))
+        one, other = (sample(pipe, call | {key: conditioned.pictures(size, 0, last)}).x0 for last in (1, 2))
         apart = torch.equal(one[0], other[0]) and not torch.equal(one[1], other[1])
     except ValueError as error:
         assert "batch_size=1" in str(error) or "has to be of type" in str(error)
@@ -292,17 +273,15 @@ def test_noise_levels_of_each_token_are_refused(more, reason):
         sample(pipe, call)
 
 
-def test_default_targets(worded):
-    pipe, _ = fresh(worded)
-    named = {"target_modules": ("all-linear",)} if worded in tiny_pipelines.OTHER_TARGETS else {}
-    instead = named if hasattr(pipe.transformer, "add_adapter") else FULL
-    if instead:
-        with pytest.raises(SystemExit):
-            trainable(pipe)
-        pipe, _ = fresh(worded)
-    parameters = trainable(pipe, **instead)
-    trained = [p for denoiser in common.denoisers(pipe).values() for p in denoiser.parameters() if p.requires_grad]
-    assert len(parameters) == len(trained) > 0 and all(p.dtype == torch.float32 for p in trained)
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("lumina", "finetune_type = 'lora': LuminaNextDiT2DModel takes no adapters; full would do\n"),
+        ("kandinsky5", f"target_modules = {grpo.Args.target_modules}: "),
+    ],
+)
+def test_networks_without_layers_for_the_default_adapters(ends, name, said):
+    assert ends(trainable, fresh(name)[0]).startswith(f"error: {said}")
 
 
 @pytest.mark.parametrize("name", ["sana", "wan"])
@@ -444,25 +423,17 @@ SHORT = (
 
 @pytest.mark.parametrize("script", [grpo, nft], ids=["grpo", "nft"])
 def test_a_family_in_a_script(start, monkeypatch, tmp_path, worded, script):
-    (tmp_path / "mine.py").write_text("def brightness(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
+    (tmp_path / "model_index.json").write_text("{}")
     pipe, call = fresh(worded)
-    takes = inspect.signature(type(pipe).__call__).parameters
     monkeypatch.setattr(machine, "load_pipeline", lambda *_: pipe)
-    monkeypatch.setattr(checks, "check_model", lambda args: list(takes))
-    parse = script.arguments.parse_args
-
-    def parse_for_the_family(*args):
-        parsed, said = parse(*args)
-        parsed.train.resolution = parsed.eval.resolution = call["height"]
-        parsed.train.guidance_scale = call.get("guidance_scale", 1.0)
-        extra = {k: v for k, v in call.items() if k not in checks.SET_BY_THE_SCRIPT}
-        parsed.call = extra | ({"negative_prompt": "blurry"} if "negative_prompt" in call else {})
-        return parsed, said
-
-    monkeypatch.setattr(script.arguments, "parse_args", parse_for_the_family)
+    monkeypatch.setattr(checks, "check_model", lambda _: inspect.signature(pipe.__call__).parameters)
     kind = [] if hasattr(pipe.transformer, "add_adapter") else ["--finetune-type", "full"]
     targets = ["--target-modules", "all-linear"] if worded in tiny_pipelines.OTHER_TARGETS else []
-    folder = start(script, *SHORT, *kind, *targets, "--reward", f"{tmp_path}/mine.py:brightness=1")
+    argv = ["--train.guidance-scale", call.get("guidance_scale", 1), "--reward", f"{MINE}:smooth=1"]
+    argv += ["--train.resolution", call["height"], "--eval.resolution", call["height"], "--model", tmp_path]
+    call |= {"negative_prompt": "blurry"} if "negative_prompt" in call else {}
+    extra = [f"{k}={json.dumps(v)}" for k, v in call.items() if k not in checks.SET_BY_THE_SCRIPT]
+    folder = start(script, *SHORT, *kind, *targets, *argv, "--call", *extra)
     assert "contract holds" in (folder / "log.txt").read_text()
     assert len(read_csv(folder / "metrics.csv")) == 2
 
@@ -474,10 +445,9 @@ def test_the_recipe_for_kontext_runs(start, tmp_path):
     for row in rows:
         Image.new("RGB", (16, 16), row["prompt"].split()[-1]).save(tmp_path / row["image"])
     (tmp_path / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "mine.py").write_text("def kept(images, prompts, rows):\n    return images.mean(dim=(1, 2, 3))\n")
     folder = start(
         *(grpo, "--config", "docs/recipes/flux-kontext-edit.yaml", "--model", tmp_path / "kontext"),
-        *("--prompts", tmp_path / "edits.jsonl", "--reward", f"{tmp_path}/mine.py:kept=1", "--train.max-epochs", 1),
+        *("--prompts", tmp_path / "edits.jsonl", "--reward", f"{MINE}:smooth=1", "--train.max-epochs", 1),
         *("--eval.prompts", tmp_path / "edits.jsonl", "--call", "max_area=64", "_auto_resize=False"),
         *("--train.resolution", 16, "--eval.resolution", 16, "--train.unique-sample-num-per-epoch", 2),
     )
