@@ -1,4 +1,3 @@
-import contextlib
 import csv
 import functools
 import logging
@@ -88,15 +87,13 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-@contextlib.contextmanager
+@pytest.fixture(autouse=True)
 def handlers_kept():
     """Leaves the handlers of signals as they were, which ending.start sets."""
     kept = {number: signal.getsignal(number) for number in ending.SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

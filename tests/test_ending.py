@@ -14,7 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import MINE, SCRIPTS, handlers_kept, write_prompts
+from conftest import MINE, SCRIPTS, write_prompts
 from test_checkpoint import TINY, assert_same_run
 
 import common
@@ -112,9 +112,6 @@ def forks(tmp_path_factory):
     return Forks(tmp_path_factory.mktemp("forks"))
 
 
-# kill -9
-
-
 @pytest.mark.parametrize(
     "script, moments",
     [
@@ -139,9 +136,6 @@ def test_killed_again_and_again(forks, script, moments):
             assert_same_run(whole, forks.folder / "runs" / name)
             shutil.rmtree(forks.folder / "runs" / name)
     assert_same_run(whole, forks.run(script, name))
-
-
-# Signals
 
 
 @pytest.mark.parametrize("number", ending.SIGNALS)
@@ -177,12 +171,9 @@ def test_a_signal_finishes_and_saves_the_epoch_and_a_second_one_ends_at_once(for
 
 def test_a_signal_before_training_ends_at_once(monkeypatch, capfd):
     monkeypatch.setattr(ending.Run, "current", None)
-    with handlers_kept(), pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as exit:
         ending.start(lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert exit.value.code == 143 and "SIGTERM: ended before training" in capfd.readouterr().err
-
-
-# Two processes on one run, and a disk that takes no more
 
 
 def test_two_processes_on_one_run(forks, monkeypatch, ends):
@@ -214,16 +205,13 @@ def test_a_full_disk(forks):
     assert_same_run(whole, forks.run("grpo.py", "full"))
 
 
-# A GPU that is full, a mistake
-
-
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(f"{FULL}. GPU 0 has 1 GiB"), ValueError("a mistake")])
 def test_a_full_gpu_ends_in_a_line_and_a_mistake_in_its_traceback(run, tmp_path, monkeypatch, error):
     monkeypatch.setattr(common, "rollout", Mock(side_effect=error))
-    with handlers_kept(), pytest.raises(BaseException) as raised:  # noqa: B017
+    with pytest.raises(BaseException) as raised:  # noqa: B017
         ending.start(lambda: run(*TINY))
     if isinstance(error, ValueError):
         assert raised.value is error and not hasattr(error, "__notes__")

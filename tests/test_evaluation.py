@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_pipelines
 import torch
-from conftest import read_csv
+from conftest import MINE, read_csv
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
@@ -20,43 +20,17 @@ from common import gdpo_advantages
 from harness import arguments, evaluation
 from harness.evaluation import image_statistics
 
+BRIGHTNESS = f"{MINE}:smooth"
 SCRIPTS = pytest.mark.parametrize("script", [grpo, grpo_guard, nft], ids=lambda script: script.__name__)
-
-
-@pytest.fixture
-def brightness(tmp_path):
-    """The name of a user's reward."""
-    (tmp_path / "mine.py").write_text("def brightness(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
-    return f"{tmp_path}/mine.py:brightness"
 
 
 @pytest.fixture
 def seen(monkeypatch):
     """What the reward `spy` was given, as a list of (images, prompts)."""
     calls = []
-
-    def spy(images, prompts):
-        calls.append((images.clone(), prompts))
-        return images.flatten(1).mean(dim=1)
-
+    spy = lambda images, prompts: calls.append((images.clone(), prompts)) or images.flatten(1).mean(dim=1)  # noqa: E731
     monkeypatch.setitem(rewards.REWARDS, "spy", lambda device: spy)
     return calls
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    """Save a tiny pipeline; returns the command line to run a script on it."""
-
-    def save(family):
-        torch.manual_seed(0)
-        pipe, call = tiny_pipelines.FAMILIES[family]()
-        pipe.save_pretrained(tmp_path / family)
-        side = call["height"]
-        more = [f"{key}={call[key]}" for key in ("num_frames", "max_sequence_length") if key in call]
-        argv = ["--model", tmp_path / family, "--train.ema-decay", 0, "--train.learning-rate", 0.02]
-        return [*argv, "--train.resolution", side, "--eval.resolution", side, "--call", *more]
-
-    return save
 
 
 @pytest.mark.parametrize("scale", [1, 1000])
@@ -76,17 +50,17 @@ def test_gdpo_in_closed_form(weights, scale):
 
 
 @SCRIPTS
-def test_a_run_with_gdpo(start, monkeypatch, script, brightness):
+def test_a_run_with_gdpo(start, monkeypatch, script):
     given, trained = [], []
     name, place = ("nft_loss", 5) if script is nft else ("grpo_loss", 2)
     loss = getattr(script, name)
     monkeypatch.setattr(script, "gdpo_advantages", lambda *a: given.append((*a, gdpo_advantages(*a))) or given[-1][-1])
     monkeypatch.setattr(script, name, lambda *a: trained.append(a[place]) or loss(*a))
-    weights = {"jpeg_compressibility": 1.0, brightness: 0.5}
+    weights = {"jpeg_compressibility": 1.0, BRIGHTNESS: 0.5}
     argv = ["--reward", *(f"{name}={weight}" for name, weight in weights.items()), "--train.per-device-batch-size", 4]
     start(script, *argv, "--train.advantage-aggregation", "gdpo")
     (scores, used, size, advantages), _ = given
-    assert used == weights and size == 4 and {*scores} == {*weights, "total"} and scores[brightness].shape == (8,)
+    assert used == weights and size == 4 and {*scores} == {*weights, "total"} and scores[BRIGHTNESS].shape == (8,)
     assert {tuple(a.tolist()) for a in trained[: len(trained) // 2]} == {tuple(a.tolist()) for a in advantages.split(4)}
 
 
@@ -137,22 +111,20 @@ def test_a_failing_reward_ends_the_run_at_once(start, monkeypatch, tmp_path, scr
     assert prompt in (tmp_path / "train.txt").read_text() and Image.open(kept / "0003.png").size == (32, 32)
 
 
-def test_evaluation_has_rewards_and_prompts_of_its_own(run, refused, brightness, tmp_path):
+def test_evaluation_has_rewards_and_prompts_of_its_own(run, refused, tmp_path):
     (tmp_path / "other.txt").write_text("an astronaut on a horse\n")  # which the reward of evaluation cannot score
-    asked = ["--eval.reward", f"{brightness}=2", "shapes=0.5", "--eval.images-per-prompt", 2]
+    asked = ["--eval.reward", f"{BRIGHTNESS}=2", "shapes=0.5", "--eval.images-per-prompt", 2]
     folder = run("--prompts", tmp_path / "other.txt", *asked, name="first")
     last = {key: float(value) for key, value in read_csv(folder / "metrics.csv")[-1].items()}
-    assert last["eval/total"] == pytest.approx(2 * last[f"eval/{brightness}"] + 0.5 * last["eval/shapes"])
+    assert last["eval/total"] == pytest.approx(2 * last[f"eval/{BRIGHTNESS}"] + 0.5 * last["eval/shapes"])
     assert last["eval/jpeg_compressibility"] < 0 > last["train/reward/total"]
-    assert f"train/reward/{brightness}" not in last
+    assert f"train/reward/{BRIGHTNESS}" not in last
     kept = read_csv(folder / "images" / "epoch_0002.csv")
-    assert {*kept[0]} == {"prompt", "jpeg_compressibility", brightness, "shapes", "total"} and len(kept) == 4
+    assert {*kept[0]} == {"prompt", "jpeg_compressibility", BRIGHTNESS, "shapes", "total"} and len(kept) == 4
     again, _ = arguments.parse_args(grpo.Args, "", ["--config", str(folder / "args.yaml")])
-    assert again.eval.reward == {brightness: 2, "shapes": 0.5}
+    assert again.eval.reward == {BRIGHTNESS: 2, "shapes": 0.5}
     message = refused("--eval.prompts", tmp_path / "other.txt", "--eval.reward", "shapes=1")
     assert "eval.prompts" in message and "'an astronaut on a horse' is outside the grammar" in message
-    asked = {"shape=1": "eval.reward = {'shape': 1.0}: no reward 'shape'; did you mean shapes?", "shapes=inf": "finite"}
-    assert all(said in refused("--eval.reward", reward) for reward, said in asked.items())
 
 
 def test_a_reward_is_made_only_once(monkeypatch):
@@ -242,38 +214,24 @@ def test_the_curve_is_of_what_was_evaluated(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
 
 
-def test_a_reward_of_images_scores_the_frames_of_a_video(tmp_path, brightness):
-    with open(tmp_path / "mine.py", "a") as file:
-        file.write(
-            "def motion(v, p):\n    return v.diff(dim=1).abs().mean(dim=(1, 2, 3, 4))\nmotion.takes_video = True\n"
-        )
+def test_a_reward_of_images_scores_the_frames_of_a_video(tmp_path):
+    source = "def motion(v, p):\n    return v.diff(dim=1).abs().mean(dim=(1, 2, 3, 4))\nmotion.takes_video = True\n"
+    (tmp_path / "mine.py").write_text(source)
     video, motion = torch.rand(2, 5, 3, 8, 8), f"{tmp_path}/mine.py:motion"
-    scores = rewards.make_reward({brightness: 1.0, motion: 1.0}, "cpu")(video, ["a", "bb"])
-    assert torch.allclose(scores[brightness], video.mean(dim=(1, 2, 3, 4)))
+    scores = rewards.make_reward({BRIGHTNESS: 1.0, motion: 1.0}, "cpu")(video, ["a", "bb"])
+    assert torch.allclose(scores[BRIGHTNESS], video.mean(dim=(1, 2, 3, 4)))
     assert torch.allclose(scores[motion], video.diff(dim=1).abs().mean(dim=(1, 2, 3, 4)))
-
-
-@pytest.mark.parametrize("family, script", [("wan", grpo), ("ltx", nft), ("flux", grpo_guard)])
-def test_a_run_on_another_family(start, tiny, seen, family, script, capsys):
-    folder = start(script, *tiny(family), "--reward", "jpeg_compressibility=1", "spy=1", "--train.train-steps", 0, 1)
-    assert "BROKEN" not in capsys.readouterr().out
-    rows = read_csv(folder / "metrics.csv")
-    assert float(rows[-1]["eval/jpeg_compressibility"]) < 0 and float(rows[1]["train/grad_norm"]) > 0
-    call = tiny_pipelines.FAMILIES[family]()[1]
-    frames, side = call.get("num_frames", 1), call["height"]
-    assert seen[0][0].shape == (2 * frames, 3, side, side) and (seen[-1][0] != seen[0][0]).any()
-    assert (folder / "curve.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
-    base, pair = (np.array(Image.open(folder / "images" / f"epoch_000{epoch}.png")) for epoch in (0, 2))
-    across = 4 + 128 * min(frames, 8)
-    assert (pair[4:132, 4:across] == base[4:132, 4:across]).all() and pair.size > base.size
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["stable_diffusion_3", "flux"])
 @pytest.mark.parametrize("finetune_type", ["lora", "full"])
-def test_saved_weights_reproduce_the_evaluation_in_plain_diffusers(run, tiny, seen, family, dtype, finetune_type):
-    argv = tiny(family)
-    folder = run(*argv, "--dtype", dtype, "--finetune-type", finetune_type, "--lora-alpha", 6, "--reward", "spy=1")
+def test_saved_weights_reproduce_the_evaluation_in_plain_diffusers(run, seen, tmp_path, family, dtype, finetune_type):
+    torch.manual_seed(0)
+    tiny_pipelines.FAMILIES[family]()[0].save_pretrained(tmp_path / "tiny")
+    argv = ["--model", tmp_path / "tiny", "--dtype", dtype, "--finetune-type", finetune_type, "--lora-alpha", 6]
+    argv += ["--train.resolution", 8, "--eval.resolution", 8, "--call", "max_sequence_length=48", "--reward", "spy=1"]
+    folder = run(*argv, "--train.ema-decay", 0, "--train.learning-rate", 0.02)
     args, _ = arguments.parse_args(grpo.Args, "", ["--config", str(folder / "args.yaml")])
     images, prompts = seen[-1]
     assert {i.dtype for i, _ in seen} == {torch.float32}
@@ -286,7 +244,7 @@ def test_saved_weights_reproduce_the_evaluation_in_plain_diffusers(run, tiny, se
         return pipe(prompts, generator=noise, **own).images.float()
 
     half = getattr(torch, dtype)
-    pipe = DiffusionPipeline.from_pretrained(argv[1], dtype=half)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "tiny", dtype=half)
     assert not torch.equal(evaluate(pipe), images)
     if finetune_type == "lora":
         pipe.load_lora_weights(folder / "lora")

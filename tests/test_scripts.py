@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, handlers_kept, read_csv
+from conftest import SMALL, read_csv
 from diffusers import StableDiffusion3Pipeline
 
 import common
@@ -79,13 +79,14 @@ def test_the_same_command_twice_and_by_its_own_arguments(run):
         "--dtype bfloat16 --train.enable-gradient-checkpointing --train.kl-beta 0.1 --train.kl-type exact",
         "--train.num-train-steps 1 --train.tail-steps 1 --train.loss-weighting noise-aware --train.seed 2",  # 0, then 1
         "--eval.solver DPM-Solver++ --eval.num-inference-steps 3",
-        "--train.sde-steps all --train.num-train-steps 1 --train.shift-interval 0",
+        "--train.gradient-step-per-epoch 1",
     ],
 )
 def test_options(run, options):
     rows = read_csv(run(*options.split()) / "metrics.csv")
     assert len(rows) == 3 and rows[-1]["eval/total"] != ""
-    assert float(rows[1]["train/log_ratio"]) != 0  # the second update of an epoch is off-policy
+    on_policy = float(rows[1]["train/log_ratio"]) == 0 == float(rows[1]["train/log_ratio_std"])
+    assert on_policy == (options == "--train.gradient-step-per-epoch 1")  # a second update of an epoch is off-policy
 
 
 @pytest.fixture
@@ -129,11 +130,6 @@ def test_evaluation_by_the_second_order_solver(make_pipe, call):
         evaluation.evaluate(pipe, args, [{"prompt": prompt} for prompt in call()["prompt"]], keep)
         assert torch.equal(seen[-1], common.rollout(pipe, call(), "ODE", 0.0, (), tail_steps=tail_steps).images)
     assert not torch.equal(*seen)
-
-
-def test_one_update_per_epoch_is_on_policy(run):
-    for row in read_csv(run("--train.gradient-step-per-epoch", 1) / "metrics.csv")[1:]:
-        assert float(row["train/log_ratio"]) == 0 == float(row["train/log_ratio_std"])
 
 
 def test_noise_levels_of_ones_own(run):
@@ -197,8 +193,7 @@ def test_a_breach_stops_the_run(run, monkeypatch, tmp_path, room, name, spoilt, 
 )
 def test_what_a_pipeline_cannot_do_with_a_call_is_refused_in_its_words(start, tmp_path, ends, call, options, said):
     """At its first call, since only the pipeline knows."""
-    with handlers_kept():
-        message = ends(ending.start, lambda: start(grpo, "--call", call, *options.split()))
+    message = ends(ending.start, lambda: start(grpo, "--call", call, *options.split()))
     assert message.startswith("error: call = {'max_sequence_length': ")
     assert said in message and message.count("\n") == 1 and "continue with" not in message
     assert "Traceback" in (tmp_path / "run" / "log.txt").read_text()
@@ -214,17 +209,9 @@ def test_a_fault_in_a_pipeline_that_is_not_the_calls_is_shown_whole(start, monke
         log(run, now, columns)
 
     monkeypatch.setattr(harness_run.Run, "log", log_and_spoil)
-    with handlers_kept(), pytest.raises(TypeError, match="not callable") as raised:
+    with pytest.raises(TypeError, match="not callable") as raised:
         ending.start(lambda: start(grpo, *options))
     assert not hasattr(raised.value, "__notes__")
-
-
-def test_every_process_knows_the_rows(monkeypatch):
-    """By which it tells whether something was trained."""
-    run = SimpleNamespace(args=grpo.Args(), started=0, rows=[], skipped=0)
-    monkeypatch.setattr(harness_run, "rank", lambda: 1)
-    harness_run.Run.log(run, 1, {})
-    assert len(run.rows) == 1
 
 
 @pytest.mark.parametrize("begun", [False, True], ids=["help", "run"])
@@ -232,7 +219,7 @@ def test_a_closed_stdout_ends_a_script_in_a_line(monkeypatch, tmp_path, begun):
     run = SimpleNamespace(command="a command", folder=tmp_path) if begun else None
     reader, writer = os.pipe()
     os.close(reader)
-    with open(writer, "w") as closed, handlers_kept(), pytest.raises(SystemExit) as exit:
+    with open(writer, "w") as closed, pytest.raises(SystemExit) as exit:
         monkeypatch.setattr(sys, "stdout", closed)
         monkeypatch.setattr(ending.Run, "current", run)
         ending.start(lambda: harness_run.Run.print(run, "x") if begun else arguments.parse_args(grpo.Args, "", ["-h"]))
@@ -276,11 +263,8 @@ def test_snapshots_swap_and_return():
     assert snapshot.values[0].tolist() == [1.25] * 3 and snapshot.values[0].data_ptr() != p.data_ptr()
 
 
-# The commands of the pages, the recipes and the methods' flags in the README
-
-
 def commands():
-    """{what a user types: the page it is on}."""
+    """{what a user types: the page it is on}, also of recipes, and of methods by their flags in the README."""
     found, docs = {}, HERE / "docs"
     for page in (HERE / "README.md", *sorted(docs.rglob("*.md")), *sorted(docs.glob("recipes/*.yaml"))):
         text = page.read_text(encoding="utf-8")
