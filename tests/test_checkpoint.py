@@ -57,8 +57,7 @@ def assert_same_run(one, other):
     saved, same = (files_of(folder, *patterns).keys() for folder in (one, other))
     assert saved == same and len(saved) == 2
     for path in saved:
-        tensors, same = load_file(one / path), load_file(other / path)
-        assert tensors.keys() == same.keys() and all(torch.equal(tensors[name], same[name]) for name in tensors)
+        torch.testing.assert_close(load_file(one / path), load_file(other / path), rtol=0, atol=0)
     seconds = [float(row["seconds"]) for row in read_csv(other / "metrics.csv")]
     assert seconds == sorted(seconds) and not list(other.rglob("*.tmp"))
 
@@ -110,9 +109,6 @@ def runs(start, monkeypatch, ends, tmp_path):
 def finished(runs):
     """The folder of a run of two epochs, for each test its own."""
     return shutil.copytree(runs.whole(2), runs.folder)
-
-
-# The same run
 
 
 @pytest.mark.parametrize("script", [grpo, nft])
@@ -172,9 +168,6 @@ def test_a_run_goes_on_from_another_folder(runs, tmp_path, monkeypatch, capsys):
     (work / "own.py").write_text(reward.replace("mean", "amax"))
     runs.resume(grpo)
     assert "note: own.py is not as it was when the run began" in capsys.readouterr().out
-
-
-# What a resumption refuses
 
 
 @pytest.mark.parametrize(
@@ -238,9 +231,6 @@ def test_names_that_cannot_be_printed_are_refused(runs, finished, refused, tmp_p
         assert line.startswith(f"error: {key} = ") and line.count("\n") == 1
 
 
-# What is on the disk, and damage to it
-
-
 def test_how_many_checkpoints_there_are(runs, finished):
     assert [path.name for path in checkpoints(finished)] == ["epoch_0001", "epoch_0002_evaluated"]
     folder = runs.new(grpo, "--checkpoint-freq", 2, "--keep-checkpoints", 3, "--train.max-epochs", 5, name="three")
@@ -256,11 +246,6 @@ def flip_a_bit(path):
 def write_sums(checkpoint):
     files = [path for path in sorted(checkpoint.iterdir()) if path.name != "SHA256SUMS"]
     (checkpoint / "SHA256SUMS").write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files))
-
-
-def tensors_in(checkpoint):
-    (path,) = checkpoint.glob("*.safetensors")
-    return path
 
 
 def without_a_line(path):
@@ -285,7 +270,7 @@ def test_damage_is_found(tmp_path, name, spoil):
 
 
 def test_damaged_checkpoints_are_passed_over(runs, finished, capsys):
-    file = tensors_in(checkpoints(finished)[-1])
+    (file,) = checkpoints(finished)[-1].glob("*.safetensors")
     flip_a_bit(file)
     shutil.copytree(file.parent, file.parent.with_name("epoch_0007"))
     for epoch in (1, 4):  # left by processes that were killed while they removed one and wrote the other
@@ -308,7 +293,7 @@ def test_damaged_checkpoints_are_passed_over(runs, finished, capsys):
 
 
 def test_no_checkpoint_that_is_whole_is_refused(runs, finished):
-    file = tensors_in(checkpoints(finished)[1])
+    (file,) = checkpoints(finished)[1].glob("*.safetensors")
     flip_a_bit(file)
     flip_a_bit(checkpoints(finished)[0] / "state.json")
     for _ in range(2):  # the first refusal leaves everything as it was
@@ -322,12 +307,12 @@ def test_no_checkpoint_that_is_whole_is_refused(runs, finished):
 
 @pytest.mark.parametrize("change", ["shape", "name"])
 def test_a_checkpoint_of_another_model_is_refused(runs, finished, change):
-    newest = checkpoints(finished)[-1]
-    tensors = load_file(tensors_in(newest))
+    (file,) = checkpoints(finished)[-1].glob("*.safetensors")
+    tensors = load_file(file)
     name = next(name for name in tensors if name.startswith("parameters/"))
     tensors[name if change == "shape" else f"{name}s"] = tensors.pop(name)[:1]
-    save_file(tensors, tensors_in(newest))
-    write_sums(newest)
+    save_file(tensors, file)
+    write_sums(file.parent)
     with pytest.raises(SystemExit, match="is .* the model that it was"):
         runs.resume(grpo, "--train.max-epochs", 3)
 
@@ -337,9 +322,6 @@ def test_without_the_base_images_the_grid_is_drawn_alone(runs, finished, spoil):
     spoil(finished / "images" / "base.npz")
     runs.resume(grpo, "--train.max-epochs", 3)
     assert (finished / "images" / "epoch_0003.png").exists()
-
-
-# Updates: AdamW's, of clipped gradients, averaged; numbers that are not finite
 
 
 def watched(runs, script, *argv):

@@ -37,10 +37,8 @@ def model(tmp_path):
     return shutil.copytree(RunArgs.model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
 
 
-# Four layers: the script < the model's defaults.yaml < --config < the command line
-
-
 def test_precedence(tmp_path, config):
+    """The script < the model's defaults.yaml < --config < the command line."""
     (tmp_path / "defaults.yaml").write_text(
         "prompts: p.txt\ncall: {a: 1}\ntrain: {group_size: 4, learning_rate: 5e-5, train_steps: [1, 2]}\n"
         "trainers: {grpo: {call: {c: 3}, train: {noise_level: 0.5}}, nft: {train: {noise_level: 0.1}}}\n"
@@ -328,15 +326,12 @@ def test_a_refused_start_leaves_its_name_free(start, tmp_path):
 
 @pytest.mark.parametrize(
     "options, said",
-    [
-        (f"--run-name {'x' * 300}", "xx: File name too long"),
-        ("--output-dir @/train.txt", "output_dir = "),
-        ("--output-dir @/train.txt --run-name None", "output_dir = "),
-    ],
+    [(f"--run-name {'x' * 300}", "xx: File name too long"), ("--output-dir @/train.txt", "cannot write")],
 )
 def test_folders_that_cannot_be_made_are_refused(start, tmp_path, monkeypatch, ends, options, said):
     monkeypatch.setattr(machine, "load_pipeline", lambda *_: pytest.fail("went on"))
-    assert said in ends(lambda: start(grpo, *options.replace("@", str(tmp_path)).split()))
+    message = ends(lambda: start(grpo, *options.replace("@", str(tmp_path)).split()))
+    assert message.startswith("error: output_dir = ") and said in message
 
 
 def test_runs_that_start_together_have_folders_of_their_own(tmp_path, monkeypatch):

@@ -18,7 +18,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 PROMPTS = ["a red circle", "a blue square left of a white cross"]
 NEGATIVE = ["blurry", "bad quality"]
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Texts
 
 
@@ -97,7 +96,6 @@ gemma3 = network(
 )  # fmt: skip
 glm = network("Glm", "Model", **DECODER, hidden_size=32, intermediate_size=8, head_dim=16)
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Images
 
 
@@ -124,7 +122,6 @@ VAES = dict(
 )  # fmt: skip
 """{class: the configuration of a tiny one}; the other classes are of one family each."""
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Families
 
 UNSET = ("x_pad_token", "cap_pad_token", "gate_up_proj", "down_proj")
