@@ -417,11 +417,12 @@ def test_a_family_in_a_script(start, monkeypatch, tmp_path, worded, script):
     monkeypatch.setattr(checks, "check_model", lambda _: inspect.signature(pipe.__call__).parameters)
     short = (
         "--train.max-epochs 1 --train.unique-sample-num-per-epoch 1 --train.group-size 2 --train.num-inference-steps 2 "
-        "--train.per-device-batch-size 2 --train.gradient-step-per-epoch 1 --train.train-steps 0 --dtype float32"
+        "--train.per-device-batch-size 2 --train.gradient-step-per-epoch 1 --train.train-steps 0 --dtype float32 "
+        "--train.learning-rate 0.02 --train.ema-decay 0 --cpu-threads 1"
     )
-    argv = [*short.split(), "--cpu-threads", 1, "--reward", f"{MINE}:smooth=1", "--model", tmp_path]
+    argv = [*short.split(), "--reward", f"{MINE}:smooth=1", "--model", tmp_path]
     argv += ["--train.resolution", call["height"], "--eval.resolution", call["height"]]
-    argv += ["--train.guidance-scale", call.get("guidance_scale", 1), "--train.ema-decay", 0]
+    argv += ["--train.guidance-scale", call.get("guidance_scale", 1)]
     argv += [] if hasattr(pipe.transformer, "add_adapter") else ["--finetune-type", "full"]
     argv += ["--target-modules", "all-linear"] if worded in tiny_pipelines.OTHER_TARGETS else []
     call |= {"negative_prompt": "blurry"} if "negative_prompt" in call else {}
