@@ -30,9 +30,9 @@ from harness.run import Run
 from harness.settings import RunArgs
 
 TINY = [
-    *(*SMALL, "--train.max-epochs", "4", "--train.unique-sample-num-per-epoch", "1", "--lora-rank", "2"),
+    *(*SMALL, "--train.unique-sample-num-per-epoch", "1", "--train.ema-update-interval", "3", "--lora-rank", "2"),
     *("--train.per-device-batch-size", "2", "--train.num-inference-steps", "2", "--eval.num-inference-steps", "1"),
-    *("--train.kl-beta", "0.04", "--train.ema-decay", "0.9", "--reward", f"{MINE}:noisy=1"),
+    *("--train.max-epochs", "4", "--train.kl-beta", "0.04", "--train.ema-decay", "0.9", "--reward", f"{MINE}:noisy=1"),
 ]
 """A run of a second with every kind of state, whose reward draws from all generators."""
 

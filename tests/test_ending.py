@@ -116,7 +116,7 @@ def forks(tmp_path_factory):
     "script, moments",
     [
         ("nft.py", [None] * 3),
-        ("grpo.py", range(1, 22, 4)),
+        ("grpo.py", range(1, 22, 3)),
         *(pytest.param(script, [None] * 10, marks=pytest.mark.faults) for script in SCRIPTS),
         pytest.param("grpo_guard.py", range(1, 40), marks=pytest.mark.faults),
     ],
