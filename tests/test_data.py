@@ -9,7 +9,7 @@ import torch
 import yaml
 from conftest import read_csv
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 import common
 import grpo
@@ -74,25 +74,19 @@ def test_a_reward_of_whole_groups_sees_them(start, edits, tmp_path):
     [
         ("[1]", 'line 2: should be an object with a text under "prompt"'),
         ('{"image": "0.png"}', 'line 2: should be an object with a text under "prompt"'),
-        ('{"prompt": "a red circle"', "line 2: Expecting"),
-        (
-            '{"prompt": "a red circle", "image": "nowhere.png"}',
-            "image = 'nowhere.png' should be the path of a picture: [Errno 2]",
-        ),
-        (
-            '{"prompt": "a red circle", "image": "rows.jsonl"}',
-            "image = 'rows.jsonl' should be the path of a picture: cannot identify",
-        ),
-        ('{"prompt": "a red circle", "image": 3}', "line 2: image = 3 should be the path of a picture"),
-        ('{"prompt": "a red circle", "weight": -1}', "line 2: weight = -1 should be a number from 0 to 1e9"),
-        ('{"prompt": "a red circle", "weight": 1e308}', "line 2: weight = 1e+308 should be a number from 0 to 1e9"),
-        ('{"prompt": "a red circle"}', "row 2 gives the pipeline ['prompt'], unlike row 1"),
-        ('{"prompt": "a red circle", "image": "0.png", "tag": 1}', "row 2 has 'tag': the pipeline does not take it"),
+        ('{"prompt": "a"', "line 2: Expecting"),
+        ('{"prompt": "a", "image": "no.png"}', "image = 'no.png' should be the path of a picture: [Errno 2]"),
+        ('{"prompt": "a", "image": "mine.py"}', "image = 'mine.py' should be the path of a picture: cannot identify"),
+        ('{"prompt": "a", "image": 3}', "line 2: image = 3 should be the path of a picture"),
+        ('{"prompt": "a", "weight": -1}', "line 2: weight = -1 should be a number from 0 to 1e9"),
+        ('{"prompt": "a", "weight": 1e308}', "line 2: weight = 1e+308 should be a number from 0 to 1e9"),
+        ('{"prompt": "a"}', "row 2 gives the pipeline ['prompt'], unlike row 1"),
+        ('{"prompt": "a", "image": "0.png", "tag": 1}', "row 2 has 'tag': the pipeline does not take it"),
     ],
 )
 def test_rows_that_are_none_are_refused(refused, edits, tmp_path, line, remedy):
     (tmp_path / "bad.jsonl").write_text(f'{{"prompt": "a blue square", "image": "1.png"}}\n{line}\n')
-    message = refused(*edits, "--reward", "shapes=1", "--prompts", tmp_path / "bad.jsonl")
+    message = refused(*edits, "--reward", "jpeg_compressibility=1", "--prompts", tmp_path / "bad.jsonl")
     assert f"error: prompts = '{tmp_path}/bad.jsonl': " in message and remedy in message
 
 
@@ -157,15 +151,12 @@ def test_a_configuration_names_no_module_to_import(adapters):
 
 
 @pytest.mark.parametrize(
-    "damage, remedy",
-    [
-        (lambda file: save_file({"nowhere.lora_A.weight": torch.ones(2, 2)}, file), "nowhere.lora_A.weight fits no"),
-        (lambda file: file.write_bytes(b""), "cannot be read"),
-    ],
+    "contents, remedy",
+    [(save({"nowhere.lora_A.weight": torch.ones(2, 2)}), "nowhere.lora_A.weight fits no"), (b"", "cannot be read")],
 )
-def test_adapters_that_do_not_fit_are_refused(adapters, ends, damage, remedy):
+def test_adapters_that_do_not_fit_are_refused(adapters, ends, contents, remedy):
     file = adapters[0] / "peft" / "adapter_model.safetensors"
-    damage(file)
+    file.write_bytes(contents)
     message = ends(begun, file)
     assert message.startswith(f"error: lora = '{file}': ") and remedy in message
 

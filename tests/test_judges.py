@@ -5,6 +5,7 @@ The networks are small and random, in the format of the published ones.
 
 import base64
 import io
+import itertools
 import json
 import math
 import shutil
@@ -28,6 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from harness.judges import clip, geneval, imagereward, ocr, vlm
+from harness.judges.weights import to_pil
 from rewards import RewardError, check_rewards, make_reward
 
 SIZE, LIMIT = 32, 29  # pixels a side and tokens of the small models
@@ -39,10 +41,6 @@ BY_A_MODEL = ("pickscore", "clipscore", "hpsv2", "aesthetic", "imagereward")
 def images():
     """Four images of the small models' own size, in 8-bit steps, so that a processor changes nothing but the scale."""
     return torch.randint(0, 256, (4, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0)) / 255
-
-
-def to_pil(images):
-    return [Image.fromarray(image) for image in (images * 255).round().byte().permute(0, 2, 3, 1).numpy()]
 
 
 # ------------------------------------------------------------------------------------------------ small models
@@ -75,29 +73,24 @@ def clip_folder(tmp_path_factory):
     return folder
 
 
-def head(prefix, width):
-    """The linear layers of the aesthetic predictor and of ImageReward."""
+def head(width):
+    """The linear layers of the aesthetic predictor and of ImageReward, (B, width) -> (B, 1)."""
     torch.manual_seed(1)
-    weights = {}
-    for name, size in zip((0, 2, 4, 6, 7), (1024, 128, 64, 16, 1), strict=True):
-        weights |= {f"{prefix}{name}.weight": torch.randn(size, width) / width**0.5}
-        weights |= {f"{prefix}{name}.bias": torch.randn(size)}
-        width = size
-    return weights
+    layers, sizes = torch.nn.Sequential(), itertools.pairwise((width, 1024, 128, 64, 16, 1))
+    for name, (size, out) in zip("02467", sizes, strict=True):
+        layers.add_module(name, torch.nn.Linear(size, out))
+        layers[-1].weight.data *= 3**0.5
+    return layers.requires_grad_(False)
 
 
-def through(x, weights):
-    """What those layers make of x, which has one row for each image."""
-    values = list(weights.values())
-    for weight, bias in zip(values[::2], values[1::2], strict=True):
-        x = x @ weight.T + bias
-    return x[:, 0]
+def named(prefix, model):
+    return {f"{prefix}{name}": value for name, value in model.state_dict().items()}
 
 
 @pytest.fixture(scope="session")
 def head_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("head") / "head.pth"
-    torch.save(head("layers.", 8), path)
+    torch.save(named("layers.", head(8)), path)
     return path
 
 
@@ -141,13 +134,13 @@ def imagereward_model(tmp_path_factory):
     dropout = dict(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     (folder / "med_config.json").write_text(json.dumps(MED | dropout))
     spread(model)
-    weights = {f"blip.{name}": value for name, value in model.state_dict().items()}
+    weights = named("blip.", model)
     weights.pop("blip.text_encoder.embeddings.token_type_embeddings.weight").zero_()  # which BLIP does not have
     for ours, theirs in model.RENAMED.items():
         weights = {name.replace(ours, theirs): value for name, value in weights.items()}
     buffer = {"blip.text_encoder.embeddings.position_ids": torch.zeros(1, 40)}
     unused = {"blip.vision_proj.weight": torch.zeros(8, 64)}
-    torch.save(weights | buffer | unused | head("mlp.layers.", 64), folder / "ImageReward.pt")
+    torch.save(weights | buffer | unused | named("mlp.layers.", head(64)), folder / "ImageReward.pt")
     return folder, model
 
 
@@ -198,7 +191,7 @@ def test_a_reward_on_a_device_of_its_own(options_of, images, name):
 
 
 @pytest.mark.parametrize("height, width", [(SIZE, SIZE), (24, 40), (97, 61)])
-def test_clip_scores_are_those_of_the_model_itself(clip_folder, head_file, options_of, height, width):
+def test_clip_scores_are_those_of_the_model_itself(clip_folder, options_of, height, width):
     images = torch.rand(4, 3, height, width, generator=torch.Generator().manual_seed(0))
     model = CLIPModel.from_pretrained(clip_folder)
     tokens = CLIPTokenizer.from_pretrained(clip_folder)(
@@ -214,7 +207,7 @@ def test_clip_scores_are_those_of_the_model_itself(clip_folder, head_file, optio
     assert torch.allclose(scores["pickscore"], scaled / 26, atol=1e-5)
     for name in ("clipscore", "hpsv2"):
         assert torch.allclose(scores[name], scaled / model.logit_scale.exp(), atol=1e-5)
-    assert torch.allclose(scores["aesthetic"], through(out.image_embeds, torch.load(head_file)), atol=1e-4)
+    assert torch.allclose(scores["aesthetic"], head(8)(out.image_embeds)[:, 0], atol=1e-4)
 
 
 def test_the_aesthetic_head_from_safetensors_and_from_a_folder(clip_folder, head_file, images, tmp_path):
@@ -239,7 +232,7 @@ def test_imagereward_is_what_its_checkpoint_says(imagereward_model, images, opti
         words = tokenizer(prompt).input_ids
         words = words if len(words) <= 35 else [*words[:34], words[-1]]
         states.append(model(processor(picture, return_tensors="pt")["pixel_values"], words))
-    expected = (through(torch.cat(states), head("", 64)) - 0.16717362830052426) / 1.0333394966054072
+    expected = (head(64)(torch.cat(states))[:, 0] - 0.16717362830052426) / 1.0333394966054072
     scores = make_reward({"imagereward": 1.0}, "cpu", options_of("imagereward"))(images, prompts)
     assert torch.allclose(scores["imagereward"], expected, atol=1e-4)
 
@@ -247,13 +240,14 @@ def test_imagereward_is_what_its_checkpoint_says(imagereward_model, images, opti
 @pytest.mark.parametrize(
     "name, broken, complaint",
     [
-        ("aesthetic", "aesthetic.head", "the weights have no layers"),
-        ("imagereward", "imagereward.model", "the weights have no blip.visual_encoder"),
-        ("clipscore", "clipscore.model", "text_projection.weight is missing"),
-        ("clipscore", "clipscore.processor", "no whole tokenizer: it knows 2 tokens"),
+        ("aesthetic", "head", "the weights have no layers"),
+        ("imagereward", "model", "the weights have no blip.visual_encoder"),
+        ("clipscore", "model", "text_projection.weight is missing"),
+        ("clipscore", "processor", "no whole tokenizer: it knows 2 tokens"),
+        *((name, None, "") for name in BY_A_MODEL),  # a hub that cannot be reached
     ],
 )
-def test_files_that_hold_something_else_are_named(options_of, clip_folder, tmp_path, name, broken, complaint):
+def test_models_that_do_not_load_are_named_in_one_line(options_of, clip_folder, tmp_path, name, broken, complaint):
     folder = shutil.copytree(clip_folder, tmp_path / "clip")
     for file in ("aesthetic-model.pth", "ImageReward.pt"):
         torch.save({"other": torch.zeros(1)}, folder / file)
@@ -262,14 +256,9 @@ def test_files_that_hold_something_else_are_named(options_of, clip_folder, tmp_p
     safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(SystemExit, match=f"reward '{name}' cannot be made: .*{complaint}"):
-        make_reward({name: 1.0}, "cpu", options_of(name) | {broken: str(folder)})
-
-
-@pytest.mark.parametrize("name", BY_A_MODEL)
-def test_a_hub_that_cannot_be_reached_gives_one_line(name):
-    with pytest.raises(SystemExit, match=f"^error: reward '{name}' cannot be made: [^\n]*$"):
-        make_reward({name: 1.0}, "cpu")
+    options = options_of(name) | {f"{name}.{broken}": str(folder)} if broken else {}
+    with pytest.raises(SystemExit, match=f"^error: reward '{name}' cannot be made: [^\n]*{complaint}[^\n]*$"):
+        make_reward({name: 1.0}, "cpu", options)
 
 
 def test_the_default_processor_is_the_models_own_where_it_has_one(clip_folder, monkeypatch):
@@ -278,22 +267,22 @@ def test_the_default_processor_is_the_models_own_where_it_has_one(clip_folder, m
     monkeypatch.setattr(CLIPModel, "from_pretrained", lambda *_, **__: (model, {"missing_keys": set()}))
     for kind in (CLIPTokenizer, CLIPImageProcessorPil):
         monkeypatch.setattr(kind, "from_pretrained", lambda where: asked.append(where) or range(100))
-    for options in ({}, {"clipscore.model": "a/b"}, {"clipscore.model": "a/b", "clipscore.processor": "c/d"}):
-        make_reward({"clipscore": 1.0}, "cpu", options)
-    make_reward({"hpsv2": 1.0}, "cpu")
-    expected = ["openai/clip-vit-large-patch14", "a/b", "c/d", "openai/clip-vit-base-patch32"]
-    assert asked == [where for where in expected for _ in range(2)]
+    for name, options, processor in [
+        ("clipscore", {}, "openai/clip-vit-large-patch14"),
+        ("clipscore", {"clipscore.model": "a/b-v1.0", "clipscore.processor": None}, "a/b-v1.0"),
+        ("clipscore", {"clipscore.model": "a/b", "clipscore.processor": "c/d"}, "c/d"),
+        ("hpsv2", {}, "openai/clip-vit-base-patch32"),
+    ]:
+        make_reward({name: 1.0}, "cpu", options)
+        assert asked[-2:] == [processor] * 2
 
 
-def test_a_run_with_a_model_and_a_users_reward(run, clip_folder, tmp_path):
-    (tmp_path / "mine.py").write_text("def brightness(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
+def test_a_run_with_a_model(run, clip_folder, tmp_path):
     options = {"pickscore.model": str(clip_folder), "pickscore.batch_size": 3}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"reward_options": options}))
-    folder = run("--reward", "pickscore=1", f"{tmp_path}/mine.py:brightness=0.5", "--config", tmp_path / "run.yaml")
-    rows = read_csv(folder / "metrics.csv")
-    for row, kind in zip(rows, ("eval", "train/reward", "eval"), strict=True):
-        pick, bright = float(row[f"{kind}/pickscore"]), float(row[f"{kind}/{tmp_path}/mine.py:brightness"])
-        assert np.isclose(float(row[f"{kind}/total"]), pick + 0.5 * bright, rtol=1e-4)
+    folder = run("--reward", "pickscore=2", "--config", tmp_path / "run.yaml", "--train.max-epochs", 1)
+    for row, kind in zip(read_csv(folder / "metrics.csv"), ("eval", "train/reward"), strict=True):
+        assert float(row[f"{kind}/total"]) == pytest.approx(2 * float(row[f"{kind}/pickscore"]))
     assert yaml.safe_load((folder / "args.yaml").read_text())["reward_options"] == options
 
 
@@ -655,9 +644,9 @@ class Judge(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.keys.append(self.headers["Authorization"])
-        found = self.path == "/v1/models"
+        status = {"/v1/models": 200, "/v1/locked/models": 401}.get(self.path, 404)
         models = {"data": [{"id": name} for name in self.server.models]}
-        self.reply(self.server.models_status if found else 404, models if found else "no such page")
+        self.reply(status, models if status == 200 else "no such page")
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -693,7 +682,7 @@ def picture_in(body):
 def judge(monkeypatch):
     monkeypatch.setattr(ThreadingHTTPServer, "handle_error", lambda *_: None)  # clients that give up are part of it
     with ThreadingHTTPServer(("127.0.0.1", 0), Judge) as server:
-        server.url, server.models, server.models_status = f"http://127.0.0.1:{server.server_port}/v1", ["judge"], 200
+        server.url, server.models = f"http://127.0.0.1:{server.server_port}/v1", ["judge"]
         server.faults = defaultdict(list)  # prompt -> what happens to its next requests
         server.bodies, server.keys, server.over, server.arrived = [], [], threading.Event(), lambda: None
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
@@ -706,12 +695,8 @@ def judge(monkeypatch):
 def waits(monkeypatch):
     """The seconds that would have been waited, but for requests that a test before has left under way."""
     seconds, before = [], {*threading.enumerate()}
-
-    def sleep(duration):
-        if threading.current_thread() not in before:
-            seconds.append(duration)
-
-    monkeypatch.setattr(urllib3.util.retry, "time", SimpleNamespace(sleep=sleep))
+    waited = SimpleNamespace(sleep=lambda n: threading.current_thread() in before or seconds.append(n))
+    monkeypatch.setattr(urllib3.util.retry, "time", waited)
     return seconds
 
 
@@ -734,12 +719,13 @@ def times_asked(judge):
 def test_scores_come_back_in_the_order_of_the_images_which_arrive_exactly(judge):
     scores = ask(judge)
     assert scores.shape == (6,) and are_right(scores)
-    body = judge.bodies[0]
-    assert (body["model"], body["temperature"], body["max_tokens"]) == ("judge", 0, 32)
+    assert (judge.bodies[0]["model"], judge.bodies[0]["temperature"]) == ("judge", 0)
     assert times_asked(judge) == dict.fromkeys(GREY_PROMPTS, 1)
     assert torch.equal(ask(judge), scores)
     image = torch.rand(1, 3, 9, 7, generator=torch.Generator().manual_seed(0))
-    ask(judge, image, ["x"])
+    judge.models.append("other")
+    ask(judge, image, ["x"], model="other")
+    assert judge.bodies[-1]["model"] == "other"
     assert np.array_equal(picture_in(judge.bodies[-1]), (image[0].permute(1, 2, 0) * 255).round().numpy())
 
 
@@ -756,22 +742,24 @@ def test_requests_are_under_way_together_and_no_more_than_said(judge):
     assert arrived == [3, 6]
 
 
-@pytest.mark.parametrize(
-    "fault", [(500, "out of memory"), (503, "loading"), (408, "too slow"), (429, ""), "cut", "drop", "slow"]
-)
-def test_what_may_pass_is_tried_again(judge, waits, fault):
-    judge.faults["grey 2"] = [fault, fault, fault]
-    assert are_right(ask(judge, backoff=0.5, timeout=0.5))
-    assert times_asked(judge)["grey 2"] == 4 and waits[-2:] == [1, 2]  # after the first, at once
-
-
-def test_retry_after_is_honoured(judge, waits):
-    judge.faults["grey 2"] = [(429, "", ("Retry_After", "7")), (503, "", ("Retry_After", "1")), (429, "")]
-    ask(judge)
-    assert waits == [7, 1, 4]
-
-
 YES = {"score": "yes"}
+
+
+def likely(**chances):
+    """A choice with the chances of its first token."""
+    top = [{"token": token.replace("_", " "), "logprob": math.log(chance)} for token, chance in chances.items()]
+    return {"message": {"content": "Yes"}, "logprobs": {"content": [{"token": "Yes", "top_logprobs": top}]}}
+
+
+MAY_PASS = [(500, "out of memory"), (503, "loading"), (408, "too slow"), (429, ""), "cut", "drop", "slow"]
+LATER = [(429, "", ("Retry_After", "7")), (503, "", ("Retry_After", "1")), (429, "")]
+
+
+@pytest.mark.parametrize("faults, waited", [*(([fault] * 3, [1, 2]) for fault in MAY_PASS), (LATER, [7, 1, 2])])
+def test_what_may_pass_is_tried_again_after_a_while_or_when_the_server_says(judge, waits, faults, waited):
+    judge.faults["grey 2"] = [*faults]
+    assert are_right(ask(judge, backoff=0.5, timeout=0.5))
+    assert times_asked(judge)["grey 2"] == 4 and waits[-len(waited) :] == waited  # of the first failure, at once
 
 
 @pytest.mark.parametrize(
@@ -791,11 +779,10 @@ YES = {"score": "yes"}
         ("11 of 10", "ValueError: the first number is none from 0 to 10 .*11 of 10", {}),
         ("-1", "ValueError: the first number is none from 0 to 10", {}),
         ("Yes", "KeyError: 'logprobs'", YES),  # a server that sends no chances
-        ("neither", "ValueError: neither Yes nor No among the likely first words", YES),
+        (likely(Well=0.9), "ValueError: neither Yes nor No among the likely first words", YES),
     ],
 )
 def test_what_does_not_pass_ends_the_run_with_one_line(judge, waits, fault, reason, options):
-    fault = likely(Well=0.9) if fault == "neither" else fault
     judge.faults |= {prompt: [likely(Yes=1.0)] for prompt in GREY_PROMPTS if options}
     judge.faults["grey 2"] = [fault] * 3
     options = options | {"url": judge.url, "question": "{prompt}", "retries": 2}
@@ -808,30 +795,24 @@ def test_what_does_not_pass_ends_the_run_with_one_line(judge, waits, fault, reas
 
 
 @pytest.mark.parametrize(
-    "reply, low, high, score",
-    [("7", 0, 10, 0.7), ("Score: 4.5/5", 1, 5, 0.875), ("1", 1, 5, 0), ("10 (best)", 0, 10, 1), ("-0.5", -1, 1, 0.25)],
+    "reply, options, score",
+    [
+        ("7", {}, 0.7),
+        ("Score: 4.5/5", dict(low=1, high=5), 0.875),  # the first number
+        ("1", dict(low=1, high=5), 0),
+        ("10 (best)", {}, 1),
+        ("-0.5", dict(low=-1, high=1), 0.25),
+        (likely(Yes=0.6, No=0.2, Maybe=0.2), YES, 0.75),
+        (likely(Yes=0.3, _yes=0.1, no=0.3, NO=0.3), YES, 0.4),
+        (likely(No=0.9), YES, 0),
+        (likely(Yes=0.9), YES, 1),
+    ],
 )
-def test_the_first_number_on_its_scale(judge, reply, low, high, score):
+def test_a_reply_is_scored(judge, reply, options, score):
     judge.faults["grey 0"] = [reply]
-    assert ask(judge, GREYS[:1], GREY_PROMPTS[:1], low=low, high=high).item() == pytest.approx(score)
-
-
-def likely(**chances):
-    """A choice with the chances of its first token."""
-    top = [{"token": token.replace("_", " "), "logprob": math.log(chance)} for token, chance in chances.items()]
-    return {"message": {"content": "Yes"}, "logprobs": {"content": [{"token": "Yes", "top_logprobs": top}]}}
-
-
-def test_the_chance_of_yes(judge):
-    judge.faults |= {
-        "grey 0": [likely(Yes=0.6, No=0.2, Maybe=0.2)],
-        "grey 1": [likely(Yes=0.3, _yes=0.1, no=0.3, NO=0.3)],
-        "grey 2": [likely(No=0.9)],
-        "grey 3": [likely(Yes=0.9)],
-    }
-    assert ask(judge, GREYS[:4], GREY_PROMPTS[:4], score="yes").tolist() == pytest.approx([0.75, 0.4, 0, 1])
-    body = judge.bodies[0]
-    assert (body["logprobs"], body["top_logprobs"], body["max_tokens"]) == (True, 20, 1)
+    assert ask(judge, GREYS[:1], GREY_PROMPTS[:1], **options).item() == pytest.approx(score)
+    asked = (1, True, 20) if options is YES else (32, None, None)
+    assert tuple(map(judge.bodies[0].get, ("max_tokens", "logprobs", "top_logprobs"))) == asked
 
 
 def test_the_question_by_default(judge):
@@ -853,24 +834,16 @@ def test_the_key_comes_from_the_environment(judge, monkeypatch):
         (dict(url="http://127.0.0.1:9/v1"), "http://127.0.0.1:9/v1/models: .*; start a server .*, or say in vlm.url"),
         (dict(url="http://no such host"), "http://no such host/models: .*; start a server"),
         (dict(url="ftp://nowhere"), "ftp://nowhere/models: .*; start a server"),
-        (dict(model="other"), "vlm.model = 'other': the server at .* has judge"),
+        (dict(url="@/wrong"), "@/wrong/models: HTTPError: 404 no such page; start a server"),
+        (dict(url="@/locked"), "@/locked/models: HTTPError: 401 .*; start a server"),
+        (dict(model="other"), "vlm.model = 'other': the server at @ has one, two"),
+        ({}, "vlm.model = '': the server at @ has one, two"),
         (dict(low=5, high=5), "vlm: low = 5, high = 5"),
         (dict(api_key_env="NO_SUCH_KEY"), "there is no environment variable NO_SUCH_KEY"),
     ],
 )
 def test_what_cannot_work_is_refused_when_the_reward_is_made(judge, waits, options, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        vlm.vlm("cpu", **{"url": judge.url, **options})
+    judge.models, url = ["one", "two"], options.get("url", "@").replace("@", judge.url)
+    with pytest.raises(ValueError, match=complaint.replace("@", judge.url)):
+        vlm.vlm("cpu", **options | {"url": url})
     assert not judge.bodies and not waits
-
-
-def test_the_server_and_its_models_are_checked_at_once(judge):
-    judge.models = ["one", "two"]
-    with pytest.raises(ValueError, match="vlm.model = '': the server at .* has one, two"):
-        ask(judge)
-    ask(judge, model="two")
-    assert judge.bodies[0]["model"] == "two"
-    for wrong, told in ((dict(models_status=401), "401 "), (dict(url=f"{judge.url}/wrong"), "404 no such page")):
-        vars(judge).update(wrong)
-        with pytest.raises(ValueError, match=f"/models: HTTPError: {told}.*; start a server"):
-            ask(judge, model="two")
