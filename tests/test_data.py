@@ -98,14 +98,6 @@ def test_rows_are_drawn_by_their_weights():
     assert {row["prompt"] for row in common.epoch_rows(rows, 2, 0, 7)} == {"1", "2"}  # each once, if there are enough
 
 
-def test_negative_prompts_of_rows_reach_the_pipeline(make_pipe):
-    pipe, _ = make_pipe()
-    rows = [{"prompt": "a red circle", "negative_prompt": text, "weight": 2} for text in ("blue", "green")]
-    args = grpo.Args(train=grpo.TrainArgs(unique_sample_num_per_epoch=2, group_size=2, per_device_batch_size=4))
-    (call,) = common.epoch_calls(pipe, args, rows, 1)
-    assert sorted(call.kwargs["negative_prompt"]) == ["blue", "blue", "green", "green"] and "weight" not in call.kwargs
-
-
 # Adapters to begin with
 
 

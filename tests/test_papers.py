@@ -43,14 +43,15 @@ def test_guidance_without_effect_is_said(make_pipe, call):
         assert notes == ["NOTE, without effect in Blind: guidance_scale"] * (kind.__name__ == "Blind")
 
 
-def test_what_a_pipeline_does_not_take_is_not_passed():
+def test_a_pipeline_is_given_what_it_takes():
     class Pipeline:
-        def __call__(self, prompt, height, width, num_inference_steps, generator):
+        def __call__(self, prompt, negative_prompt, height, width, num_inference_steps, generator):
             pass
 
     section = SimpleNamespace(resolution=(32, 48), num_inference_steps=3, guidance_scale=4.5)
-    given = common.call_arguments(Pipeline(), section, {}, [{"prompt": "a", "other": 1}])
-    assert given == {"prompt": ["a"], "height": 32, "width": 48, "num_inference_steps": 3}
+    rows = [{"prompt": prompt, "negative_prompt": "b", "weight": 2, "other": 1} for prompt in "ac"]
+    given = dict(prompt=["a", "c"], negative_prompt=["b", "b"], height=32, width=48, num_inference_steps=3)
+    assert common.call_arguments(Pipeline(), section, {}, rows) == given
 
 
 def test_rewards_draw_from_generators_of_the_epoch(make_pipe):

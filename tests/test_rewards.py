@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import grpo
-import grpo_guard
-import nft
 import rewards
 from rewards import RewardError, check_rewards, check_untrusted, make_reward, make_rewards
 
@@ -234,31 +231,11 @@ def test_a_missing_package_is_named(monkeypatch):
         check_rewards({"shapes": 1.0})
 
 
-def test_prompts_and_rows_are_checked_for_the_rewards_asked_for(refusal, monkeypatch):
-    def check(prompt, row):
-        if "blue" in prompt + row.get("colour", ""):
-            raise ValueError(f"no blue please: {prompt!r}")
-
-    monkeypatch.setitem(rewards.PROMPT_CHECKS, "jpeg_compressibility", check)
-    assert "no blue please: 'a blue square'" in refusal(grpo)
-    with pytest.raises(ValueError, match="no blue please: 'two'"):
-        check_rewards({"jpeg_compressibility": 1.0}, ["red", "two"], rows=[{}, {"colour": "blue"}])
-    check_rewards({"jpeg_incompressibility": 1.0}, ["a blue square"])
-
-
-# In a script
-
-
-@pytest.mark.parametrize("script", [grpo, grpo_guard, nft], ids=lambda script: script.__name__)
-def test_every_script_checks_options(refusal, script):
-    assert "did you mean model?" in refusal(script, "--reward", "hpsv2=1", "--reward-options", "hpsv2.modle=x")
-    assert "not of the form NAME=VALUE" in refusal(script, "--reward", "hpsv2=1", "--reward-options", "hpsv2")
-
-
-def test_options_of_a_yaml_are_replaced_as_the_rewards_are(refusal, tmp_path):
+def test_options_of_a_command_replace_those_of_a_yaml_as_its_rewards_do(refused, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("reward: {clipscore: 1}\nreward_options: {clipscore.batch_size: 0}")
-    of_shapes = refusal(grpo, "--config", file, "--reward", "shapes=1")
+    of_shapes = refused("--config", file, "--reward", "shapes=1")
     assert "clipscore.batch_size=0" in of_shapes and "asked for: shapes" in of_shapes
     with pytest.raises(pytest.fail.Exception, match="went on"):
-        refusal(grpo, "--config", file, "--reward", "shapes=1", "--reward-options")
+        refused("--config", file, "--reward", "shapes=1", "--reward-options")
+    assert "not of the form NAME=VALUE" in refused("--reward-options", "shapes")
