@@ -158,8 +158,7 @@ def test_scores_are_one_number_an_image_whatever_the_batch(options_of, name):
     assert torch.equal(scores["total"], 2 * scores[name])
     assert scores[name].std() > 1e-3
     assert torch.equal(score(4)[name], scores[name])
-    for batch_size in (1, 3):
-        assert torch.allclose(score(batch_size)[name], scores[name], atol=1e-5)
+    assert torch.allclose(score(1)[name], scores[name], atol=1e-5)
     assert torch.allclose(score(3, IMAGES.flip(0), PROMPTS[::-1])[name].flip(0), scores[name], atol=1e-5)
     same = torch.isclose(scores[name], score(4, prompts=["blue"] * 4)[name], atol=1e-4)
     assert same.tolist() == [name == "aesthetic"] * 4  # which alone ignores the prompt
@@ -232,7 +231,10 @@ def test_imagereward_is_what_its_checkpoint_says(imagereward_model, options_of):
         ("imagereward", "model", "the weights have no blip.visual_encoder"),
         ("clipscore", "model", "text_projection.weight is missing"),
         ("clipscore", "processor", "no whole tokenizer: it knows 2 tokens"),
-        *((name, None, "") for name in BY_A_MODEL),  # a hub that cannot be reached
+        # a hub that cannot be reached
+        *((name, None, " does not load as CLIPModel: ") for name in ("pickscore", "clipscore", "hpsv2", "aesthetic")),
+        ("imagereward", None, "OSError: "),
+        ("geneval", None, " PekingU/rtdetr_r50vd does not load as AutoModelForObjectDetection: "),
     ],
 )
 def test_models_that_do_not_load_are_named_in_one_line(options_of, clip_folder, tmp_path, name, broken, complaint):
@@ -425,7 +427,7 @@ PLACES = [("left of", LEFT, RIGHT), ("right of", RIGHT, LEFT), ("above", TOP, BO
         ("a dog", {"dog": [LEFT, RIGHT, TOP]}, 1, -1),
         ("a cat and a dog", {"cat": [LEFT], "dog": [RIGHT]}, 1, 1),
         *[("a cat and a dog", {one: [LEFT]}, 0, 1 / 2) for one in ("cat", "dog")],
-        *[("three clocks", {"clock": [LEFT] * n}, n == 3, 1 - abs(3 - n) / 3) for n in range(5)],  # as many and no more
+        *[("three clocks", {"clock": [LEFT] * n}, int(n == 3), 1 - abs(3 - n) / 3) for n in range(5)],
         ("a red car", {"car": [LEFT]}, 1, 1),
         ("a blue car", {"car": [LEFT]}, 0, 1 / 2),
         ("a red car", {}, 0, 0),
@@ -450,12 +452,9 @@ PLACES = [("left of", LEFT, RIGHT), ("right of", RIGHT, LEFT), ("above", TOP, BO
 )
 def test_the_rules(prompt, objects, correct, reward):
     wanted = geneval.parse(f"a photo of {prompt}")
-
-    def colours_of(name, boxes):
-        return [COLOURS[box] for box in boxes]
-
-    assert geneval.verdict(wanted, objects, colours_of, strict=True) == correct
-    assert geneval.verdict(wanted, objects, colours_of, strict=False) == pytest.approx(reward)
+    for strict, score in ((True, correct), (False, reward)):
+        found = geneval.verdict(wanted, objects, lambda _, boxes: [COLOURS[box] for box in boxes], strict)
+        assert found == pytest.approx(score)
 
 
 def test_relations_of_boxes():
@@ -586,16 +585,11 @@ def test_the_colour_is_clips_choice_for_the_crop(clip_folder):
     assert len(colours_of(picture, "cup", [(5.2, 5.2, 5.4, 5.4)])) == 1  # a crop is never empty
 
 
-def test_a_detector_of_other_classes_and_a_missing_model_are_named_in_one_line(saved, clip_folder, tmp_path):
+def test_a_detector_of_other_classes_is_refused(saved, clip_folder):
     labels = [name for name in LABELS.values() if name not in ("mouse", "zebra")]
     other = saved(yolos, labels=dict(enumerate([*labels, "N/A", "street sign"])))
     with pytest.raises(ValueError, match="does not know zebra, computer mouse; take one trained on COCO"):
         geneval.geneval("cpu", other, str(clip_folder))
-    for nowhere in (str(tmp_path / "nowhere"), "no-such/model"):
-        models = {"AutoModelForObjectDetection": (nowhere, str(clip_folder)), "CLIPModel": (saved(yolos), nowhere)}
-        for kind, sources in models.items():
-            with pytest.raises(ValueError, match=f"^{nowhere} does not load as {kind}[^\n]*$"):
-                geneval.geneval("cpu", *sources)
 
 
 # ------------------------------------------------------------------------------------------------ vlm
@@ -677,17 +671,13 @@ def ask(judge, images=GREYS, prompts=GREY_PROMPTS, **options):
     return vlm.vlm("cpu", judge.url, question="{prompt}", **options)(images, prompts)
 
 
-def are_right(scores):
-    return torch.allclose(scores, GREYS[:, 0, 0, 0], atol=0.003)
-
-
 def times_asked(judge):
     return Counter(map(prompt_in, judge.bodies))
 
 
 def test_scores_come_back_in_the_order_of_the_images_which_arrive_exactly(judge):
     scores = ask(judge)
-    assert scores.shape == (6,) and are_right(scores)
+    torch.testing.assert_close(scores, GREYS[:, 0, 0, 0], atol=0.003, rtol=0)
     assert (judge.bodies[0]["model"], judge.bodies[0]["temperature"]) == ("judge", 0)
     assert times_asked(judge) == dict.fromkeys(GREY_PROMPTS, 1)
     assert torch.equal(ask(judge), scores)
@@ -699,13 +689,8 @@ def test_scores_come_back_in_the_order_of_the_images_which_arrive_exactly(judge)
 
 
 def test_requests_are_under_way_together_and_no_more_than_said(judge):
-    arrived = []
-
-    def let_a_fourth_arrive():
-        time.sleep(0.2)
-        arrived.append(len(judge.bodies))
-
-    barrier = threading.Barrier(3, action=let_a_fourth_arrive)  # breaks unless three wait at once
+    arrived = []  # when three wait at once, without which the barrier breaks, and a fourth has had the time to come
+    barrier = threading.Barrier(3, action=lambda: time.sleep(0.2) or arrived.append(len(judge.bodies)))
     judge.arrived = lambda: barrier.wait(10)
     ask(judge, concurrency=3, retries=0)
     assert arrived == [3, 6]
@@ -727,7 +712,7 @@ LATER = [(429, "", ("Retry_After", "7")), (503, "", ("Retry_After", "1")), (429,
 @pytest.mark.parametrize("faults, waited", [*(([fault] * 3, [1, 2]) for fault in MAY_PASS), (LATER, [7, 1, 2])])
 def test_what_may_pass_is_tried_again_after_a_while_or_when_the_server_says(judge, waits, faults, waited):
     judge.faults["grey 2"] = [*faults]
-    assert are_right(ask(judge, backoff=0.5, timeout=0.5))
+    torch.testing.assert_close(ask(judge, backoff=0.5, timeout=0.5), GREYS[:, 0, 0, 0], atol=0.003, rtol=0)
     assert times_asked(judge)["grey 2"] == 4 and waits[-len(waited) :] == waited  # of the first failure, at once
 
 

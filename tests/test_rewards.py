@@ -1,6 +1,5 @@
 """Rewards: the weighted sum, users' own functions, options, and what a stranger's file may ask for."""
 
-import functools
 import re
 import sys
 from contextlib import nullcontext
@@ -170,19 +169,12 @@ def test_a_stranger_sets_no_path_address_device_or_text(key, value):
 # Options and checks
 
 
-def test_options_reach_the_reward_they_name(monkeypatch):
-    made = {}
-
-    def factory(name, device, size: int = 1, names: list[str] = ()):
-        made[name] = (device, size, names)
-        return lambda images, prompts: torch.full((len(images),), float(size))
-
-    for name in ("one", "two"):
-        monkeypatch.setitem(rewards.REWARDS, name, functools.partial(factory, name))
-    options = {"one.size": 5, "one.names": ["x"], "two.device": "meta"}
-    scores = make_reward({"one": 1.0, "two": 10.0}, "cpu", options)(IMAGES, PROMPTS)
-    assert made == {"one": ("cpu", 5, ["x"]), "two": ("meta", 1, ())}
-    assert scores["total"].tolist() == [15] * 4
+def test_a_reward_may_have_a_device_of_its_own(monkeypatch):
+    made = []
+    monkeypatch.setitem(rewards.REWARDS, "one", lambda device: made.append(device))
+    for options in ({}, {"one.device": "meta"}):
+        make_reward({"one": 1.0}, "cpu", options)
+    assert made == ["cpu", "meta"]
 
 
 def test_the_documented_reward_with_an_option(monkeypatch):

@@ -99,11 +99,6 @@ def test_wrong_scenes_fail(asked, drawn, resolution):
     assert not right(draw([drawn] * 12, resolution), asked).any()
 
 
-def test_two_in_either_order_and_relation_seen_from_either_side():
-    images = draw(["a blue square and a white cross", "a red circle left of a blue square"])
-    assert check(images, ["a white cross and a blue square", "a blue square right of a red circle"]).all()
-
-
 @pytest.mark.parametrize("prompt", KINDS)
 def test_junk_fails(prompt):
     generator = torch.Generator().manual_seed(0)
