@@ -44,12 +44,14 @@ IMAGES = torch.randint(0, 256, (4, 3, SIZE, SIZE), generator=torch.Generator().m
 # ------------------------------------------------------------------------------------------------ small models
 
 
-def spread(model):
-    """Weights large enough for the outputs to depend on the inputs."""
+def spread(kind, *config):
+    """A model of always the same weights, large enough for the outputs to depend on the inputs."""
     torch.manual_seed(0)
+    model = kind(*config)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
+    return model
 
 
 def head(width):
@@ -77,9 +79,8 @@ def clip_folder(tmp_path_factory):
     shared = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     text = dict(vocab_size=len(names), bos_token_id=0, eos_token_id=1, pad_token_id=1, max_position_embeddings=LIMIT)
     vision = shared | dict(image_size=SIZE, patch_size=8)
-    model = CLIPModel(transformers.CLIPConfig(text_config=text | shared, vision_config=vision, projection_dim=8))
-    spread(model)
-    model.save_pretrained(folder)
+    config = transformers.CLIPConfig(text_config=text | shared, vision_config=vision, projection_dim=8)
+    spread(CLIPModel, config).save_pretrained(folder)
     torch.save(named("layers.", head(8)), folder / "aesthetic-model.pth")
     return folder
 
@@ -119,11 +120,10 @@ class Blip(torch.nn.Module):
 @pytest.fixture(scope="session")
 def imagereward_model(tmp_path_factory):
     """(folder, Blip): its weights in the layout of THUDM/ImageReward, and a BERT tokenizer."""
-    folder, model = tmp_path_factory.mktemp("imagereward"), Blip()
+    folder, model = tmp_path_factory.mktemp("imagereward"), spread(Blip)
     transformers.BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}).save_pretrained(folder)
     dropout = dict(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     (folder / "med_config.json").write_text(json.dumps(MED | dropout))
-    spread(model)
     weights = named("blip.", model)
     weights.pop("blip.text_encoder.embeddings.token_type_embeddings.weight").zero_()  # which BLIP does not have
     for ours, theirs in model.RENAMED.items():
