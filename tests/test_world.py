@@ -132,14 +132,6 @@ def test_damaged_images_fail(prompt):
         assert not right(damaged, prompt).any()
 
 
-def test_touching_objects_are_not_two():
-    red, dark = (torch.tensor(colour).view(3, 1, 1) / 255 for colour in (world.COLOURS["red"], world.BACKGROUND))
-    images = dark.repeat(2, 1, 32, 32)
-    images[:, :, 4:12, 4:12] = images[:, :, 4:12, 14:22] = red
-    images[1, :, 4:12, 12:14] = red
-    assert right(images, "two red squares").tolist() == [True, False]
-
-
 def scenes(prompts):
     """What prompts ask for; the same scene in other words counts as the same."""
     opposite, found = {"right of": "left of", "below": "above"}, set()
