@@ -40,45 +40,30 @@ def cps_law(v, x, sigma, sigma_next, a, second):
     return (1 - sigma_next) * (x - sigma * v) + (sigma_next**2 - std**2).sqrt() * (x + (1 - sigma) * v), std
 
 
-def flow_g(a, sigma, second):
-    return a * (sigma / (1 - torch.minimum(sigma, second))).sqrt()
-
-
-def dance_g(a, sigma, second):
-    return a * sigma**0
-
-
-CLOSED_FORMS = {
-    "Flow-SDE": sde(flow_g),
-    "Dance-SDE": sde(dance_g),
-    "CPS": cps_law,
-    "ODE": sde(lambda *_: torch.zeros(())),
+G = {
+    "Flow-SDE": lambda a, sigma, second: a * (sigma / (1 - torch.minimum(sigma, second))).sqrt(),
+    "Dance-SDE": lambda a, sigma, second: a * sigma**0,
+    "ODE": lambda *_: torch.zeros(()),
 }
+CLOSED_FORMS = {"CPS": cps_law} | {name: sde(g) for name, g in G.items()}
 LEVELS = {"Flow-SDE": 0.7, "Dance-SDE": 0.3, "CPS": 0.8, "ODE": 0.0}  # the usual ones
 SDES, RANDOM = ["Flow-SDE", "Dance-SDE"], ["Flow-SDE", "Dance-SDE", "CPS"]
 every_rule = pytest.mark.parametrize("name", DYNAMICS)
 random_rules = pytest.mark.parametrize("name", RANDOM)
 
 
-def pipeline_sigmas(T, shift=3.0):
-    """(T+1,): the schedule as pipelines ask for it."""
+def schedule(T=None, shift=3.0, sigmas=None):
+    """(T+1,): as pipelines ask for it, by T, or explicit sigmas through the shift, in float32, and then 0."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(T)
+    scheduler.set_timesteps(T, sigmas=sigmas)
     return scheduler.sigmas.double()
 
 
-def shifted(sigmas, shift):
-    """Explicit sigmas through the scheduler's shift, which computes in float32, without the 0 it appends."""
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(sigmas=sigmas.tolist())
-    return scheduler.sigmas[:-1].double()
-
-
 def shift_once(T):
-    return torch.cat([shifted(torch.linspace(1, 1 / T, T), 3.0), torch.zeros(1)])
+    return schedule(sigmas=torch.linspace(1, 1 / T, T).tolist())
 
 
-SIGMAS = pipeline_sigmas(10)
+SIGMAS = schedule(10)
 
 
 def seeded(seed=0):
@@ -152,10 +137,12 @@ def test_schedules_of_sd35():  # S2
 
 
 def test_shift_is_a_group_of_monotone_maps_of_the_unit_interval():  # S1
+    def shifted(sigmas, shift):
+        return schedule(shift=shift, sigmas=sigmas.tolist())[:-1]
+
     sigmas = torch.linspace(1, 0, 33, dtype=torch.float64)
     for shift in (0.5, 1.0, 3.0, 5.0):
-        assert shifted(sigmas, shift)[[0, -1]].tolist() == [1, 0]
-        assert (shifted(sigmas, shift).diff() < 0).all()
+        assert shifted(sigmas, shift)[[0, -1]].tolist() == [1, 0] and (shifted(sigmas, shift).diff() < 0).all()
         close(shifted(sigmas, shift), shift * sigmas / (1 + (shift - 1) * sigmas), 1e-6)
     close(shifted(shifted(sigmas, 2.0), 1.5), shifted(sigmas, 3.0), 1e-6)
 
@@ -188,7 +175,7 @@ def test_noise_level_0_is_euler_and_has_no_density(name):  # F1, C2
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
 @pytest.mark.parametrize("T", [1, 2, 10, 50])
 def test_factors_of_the_sdes_on_any_schedule(T, shift, a):
-    sigmas = pipeline_sigmas(T, shift)
+    sigmas = schedule(T, shift)
     (dx, dv, std), h, sigma = derivatives("Flow-SDE", sigmas, a), -sigmas.diff(), sigmas[:-1]
     close(torch.stack([std[0], dx[0], -dv[0] / h[0]]), [a, 1 - a**2 / 2, 1])  # F3
     close(-dv[1:] / h[1:], 1 + a**2 / 2)  # F2
@@ -218,16 +205,16 @@ def test_marginals_converge_like_1_over_T(name, at_50, at_800):  # F4, D2
 
 
 @pytest.mark.parametrize(
-    "g, level, score, mean, var",
+    "name, score, mean, var",
     [
-        (flow_g, 0.7, "none", 0.70, 1.590),
-        (flow_g, 0.7, "by unscaled image", 1.146, 0.337),
-        (dance_g, 0.3, "none", 0.70, 0.320),
-        (dance_g, 0.3, "by unscaled image", 0.954, 0.435),
+        ("Flow-SDE", "none", 0.70, 1.590),
+        ("Flow-SDE", "by unscaled image", 1.146, 0.337),
+        ("Dance-SDE", "none", 0.70, 0.320),
+        ("Dance-SDE", "by unscaled image", 0.954, 0.435),
     ],
 )
-def test_no_other_score_keeps_the_marginals(g, level, score, mean, var):  # F4, D2, controls; the data's: 0.7, 0.25
-    means, variances = propagate(sde(g, score), shift_once(2000), 0.25, level)
+def test_no_other_score_keeps_the_marginals(name, score, mean, var):  # F4, D2, controls; the data's: 0.7, 0.25
+    means, variances = propagate(sde(G[name], score), shift_once(2000), 0.25, LEVELS[name])
     close(torch.stack([means[-1], variances[-1]]), [mean, var], 6e-4)
 
 
@@ -249,9 +236,9 @@ def test_noise_at_the_end_of_a_whole_rollout(name, T_10, T_2000, last_two):
 
 @pytest.mark.parametrize("T", [3, 10, 50])
 @pytest.mark.parametrize("level", [0.0, 0.3, 0.7, 1.0])
-@pytest.mark.parametrize("name", [*SDES, "ODE", "CPS"])
+@every_rule
 def test_point_data_keeps_its_signal_and_gains_known_noise(name, level, T):  # F5, C1, C3
-    sigmas = pipeline_sigmas(T)
+    sigmas = schedule(T)
     sigma, sigma_next, h = sigmas[:-1], sigmas[1:], -sigmas.diff()
     a, b, std = coefficients(name, sigmas, 0.0, level)
     close(a * (1 - sigma) * M + b, (1 - sigma_next) * M)
@@ -317,12 +304,6 @@ def test_gradient_reaches_v_through_the_mean_alone(name):  # F6; C6: CPS's is 2 
     assert to_x_next is None and torch.equal(torch.autograd.grad(drawn.log_prob.sum(), v)[0], to_v)
 
 
-@every_rule
-def test_a_rule_is_taken_in_place_of_its_name(name):
-    given = (*v_and_x(3, 4, 2), torch.tensor([1.0, 0.7, 0.5]), torch.tensor([0.9, 0.5, 0.4]), 0.7)
-    assert same(*(step(rule, *given, sigma_second=0.9, generator=seeded()) for rule in (name, RULES[name])))
-
-
 USERS_RULES = {
     "std of the sigmas": lambda v, x, sigma, after, level, second: (x - sigma * v, level * after + 0.1 * second),
     "std of every latent": lambda v, x, sigma, after, level, second: (x + v, level * torch.sigmoid(x)),
@@ -376,14 +357,14 @@ def test_computes_in_float32_or_float64_and_rounds_to_the_dtype_of_x_before_scor
 
 @pytest.mark.parametrize("sigma_next", [SIGMAS[[1, 9, 5]], SIGMAS[9]])
 @every_rule
-def test_sigmas_per_sample_agree_with_a_loop_over_samples(name, sigma_next):
+def test_sigmas_per_sample_agree_with_a_loop_over_samples(name, sigma_next):  # and a rule with its name
     (v, x), second = v_and_x(3, 4, 3, 2), SIGMAS[1]
     sigma, generators = SIGMAS[[0, 8, 4]], [seeded(i) for i in range(3)]  # the first step of the schedule among others
     batch = step(name, v, x, sigma, sigma_next, 0.7, sigma_second=second, generator=generators)
     for i, *sigmas in zip(range(3), sigma, sigma_next.expand(3), strict=True):
         one, numbers = slice(i, i + 1), [s.item() for s in (*sigmas, second)]
         alone, by_numbers = (
-            step(name, v[one], x[one], *now, 0.7, sigma_second=then, generator=seeded(i))
+            step(RULES[name], v[one], x[one], *now, 0.7, sigma_second=then, generator=seeded(i))
             for *now, then in ((*sigmas, second), numbers)
         )
         assert same(alone, by_numbers) and alone.std.shape == ()
@@ -427,17 +408,6 @@ def test_draws_only_where_noise_is_needed():
     assert torch.equal(generator.get_state(), seeded().get_state())
 
 
-def test_ode_is_bitwise_the_step_of_diffusers():
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(10)
-    x = randn(2, 4, 8, 8, dtype=torch.float32)
-    for k, t in enumerate(scheduler.timesteps):
-        v = randn(2, 4, 8, 8, seed=k, dtype=torch.float32)
-        ours = step("ODE", v, x, scheduler.sigmas[k].item(), scheduler.sigmas[k + 1].item(), 0.7)
-        x = scheduler.step(v, t, x, return_dict=False)[0]
-        assert torch.equal(ours.x_next, x)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("level", [0.0, 1e-3, 0.3, 0.7, 1.0])
 @every_rule
@@ -452,7 +422,7 @@ def test_everything_is_finite_over_whole_schedules(name, level, dtype):
             assert all(t.isfinite().all() for t in (x, mean, std, *scored))
 
 
-# ---- DPM-Solver++ ----
+# ---- The ODE by two solvers ----
 
 
 def solve(solver, x, sigmas, velocity):
@@ -468,39 +438,15 @@ def solve(solver, x, sigmas, velocity):
     return xs
 
 
-VARS = torch.tensor([0.04, 0.25, 1.0], dtype=torch.float64)
-
-
-def error(solver, sigmas):
-    """Of x at the end of a schedule, for each of VARS, where x was M + 2 √q at its start, over that 2.
-
-    Exactly, (x − (1 − σ) M) / √q does not change along the ODE.
-    """
-    means, stds = (1 - sigmas) * M, variance(sigmas[:, None], VARS).sqrt()
-    x = solve(solver, (means[0] + 2 * stds[0])[:, None], sigmas, lambda x, k: velocity(x, sigmas[k], VARS[:, None]))[-1]
-    return (x[:, 0] - means[-1]) / 2 - stds[-1]
-
-
 @pytest.mark.parametrize("solver, order", [("DPM-Solver++", 2), ("Euler", 1)])
-def test_order_of_convergence(solver, order):  # M6
-    even_in_lambda = (torch.sigmoid(torch.linspace(4, -4, T + 1, dtype=torch.float64)) for T in (320, 640))
-    coarse, fine = (error(solver, sigmas) for sigmas in even_in_lambda)
-    assert (torch.log2(coarse / fine) - order).abs().max() < 0.01
-
-
-@pytest.mark.parametrize("first, last", [(1.0, 0.02), (0.98, 0.0), (1.0, 0.0)])
-def test_error_of_the_ends_where_lambda_is_infinite(first, last):  # M6
-    """There a step has a length in λ that does not shrink with h: j steps from an end the error is C h² / j.
-
-    Its sum over the steps is C h² log T: of second order but for the logarithm. To leading order C follows from x0' at
-    σ = 1 and x0'' at σ = 0. For x one √q above its mean it is −var √q / 2 from one end and 3 / (4 √var) from the other.
-    """
-    schedules = (torch.linspace(first, last, T + 1, dtype=torch.float64) for T in (1280, 2560, 5120))
-    a, b, c = (error("DPM-Solver++", sigmas) / (sigmas[0] - sigmas[1]) ** 2 for sigmas in schedules)
-    C = ((2 * c - b) - (2 * b - a)) / math.log(2)  # the differences cancel h², the brackets h³
-    from_noise = -VARS / 2 * variance(last, VARS) ** 0.5 * (first == 1)
-    to_image = 0.75 / VARS**0.5 * (last == 0)
-    torch.testing.assert_close(C, from_noise + to_image, rtol=0.01, atol=5e-4)
+def test_order_of_convergence(solver, order):  # M6: exactly, (x − (1 − σ) M) / √q does not change along the ODE
+    errors, var = [], torch.tensor([[0.04], [0.25], [1.0]], dtype=torch.float64)
+    for T in (320, 640):
+        sigmas = torch.sigmoid(torch.linspace(4, -4, T + 1, dtype=torch.float64))  # even in λ
+        first, exact = ((1 - sigma) * M + 2 * variance(sigma, var).sqrt() for sigma in sigmas[[0, -1]])
+        last = solve(solver, first, sigmas, lambda x, k, sigmas=sigmas: velocity(x, sigmas[k], var))[-1]
+        errors.append(last - exact)
+    assert (torch.log2(errors[0] / errors[1]) - order).abs().max() < 0.01
 
 
 @pytest.mark.parametrize(
@@ -509,7 +455,7 @@ def test_error_of_the_ends_where_lambda_is_infinite(first, last):  # M6
         *((None, 1.0, 0.96), (None, 0.6, 0.4), (None, 0.25, 0.0), (None, 1.0, 0.0)),  # without a past
         *((1.0, 0.9, 0.8), (0.6, 0.4, 0.0), (1.0, 0.5, 0.0), (1.0, 1.0, 0.9)),  # where λ is infinite (M5)
         (0.5, 0.5, 0.4),  # after a step of no length
-        *(pipeline_sigmas(T)[-4:-1].tolist() for T in (4, 5, 10, 20, 40)),  # much longer in λ than the last: to 0.009
+        *(schedule(T)[-4:-1].tolist() for T in (4, 5, 10, 20, 40)),  # much longer in λ than the last: to 0.009
     ],
 )
 def test_dpm_step_is_eulers_where_the_past_is_no_guide(last, sigma, sigma_next):
@@ -520,21 +466,28 @@ def test_dpm_step_is_eulers_where_the_past_is_no_guide(last, sigma, sigma_next):
     assert sigma_next > 0 or torch.equal(x_next, x0)
 
 
-@pytest.mark.parametrize("T", [1, 2, 10, 20])
-@pytest.mark.parametrize("first", [1.0, 0.999])
-def test_dpm_step_is_that_of_diffusers(T, first):  # M5: finite where λ is not
-    scheduler = DPMSolverMultistepScheduler(
+SCHEDULERS = {
+    "Euler": FlowMatchEulerDiscreteScheduler(),
+    "DPM-Solver++": DPMSolverMultistepScheduler(
         solver_order=2, solver_type="midpoint", algorithm_type="dpmsolver++", lower_order_final=True,
         prediction_type="flow_prediction", use_flow_sigmas=True, final_sigmas_type="zero",
-    )  # fmt: skip
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("T", [1, 2, 10, 20])
+@pytest.mark.parametrize("first", [1.0, 0.999])
+@pytest.mark.parametrize("solver, tolerance", [("Euler", 0), ("DPM-Solver++", 1e-5)])
+def test_a_solver_is_that_of_diffusers(solver, tolerance, T, first):  # M5: finite where λ is not
+    scheduler = SCHEDULERS[solver]
     scheduler.set_timesteps(T)
     sigmas = torch.cat([torch.tensor([first]), shift_once(T)[1:].float()])
     scheduler.sigmas, scheduler.timesteps = sigmas, 1000 * sigmas[:-1]
     vs = [randn(2, 4, 8, 8, seed=k, dtype=torch.float32) for k in range(T)]
-    x, *ours = solve("DPM-Solver++", vs[0], sigmas, lambda x, k: vs[k])
+    x, *ours = solve(solver, vs[0], sigmas, lambda x, k: vs[k])
     for t, v, x_next in zip(scheduler.timesteps, vs, ours, strict=True):
         x = scheduler.step(v, t, x, return_dict=False)[0]
-        close(x_next, x, 1e-5)
+        close(x_next, x, tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -10,34 +10,13 @@ import torch
 from conftest import read_csv
 from diffusers import FlowMatchEulerDiscreteScheduler
 from test_dynamics import SIGMAS
+from test_grpo import FACTOR, A, two_policies
 
 import common
-import dynamics
 import grpo
 import grpo_guard
 import rewards
 from grpo_guard import TrainArgs, grpo_loss, guard_log_ratio, step_weights
-
-A = 0.7  # the noise level
-FACTOR = 1 + A**2 / 2  # |∂μ/∂v| / h of Flow-SDE after its first step, where it is 1
-
-
-def two_policies(k, shape=(3, 4, 3, 3), apart=0.1, dtype=torch.float64, draws=1, noise=None):
-    """A Flow-SDE step of SD3.5's schedule taken by an old policy, and scored by a new one `apart` in velocity.
-
-    k: the step, or those of the samples (B,); draws: how often all samples are taken, each time with fresh noise.
-    Returns (v_new with a gradient, old Step, new Step).
-    """
-    generator = torch.Generator().manual_seed(0)
-    x, v, away = (
-        torch.randn(shape, generator=generator, dtype=dtype).repeat(draws, *[1] * (len(shape) - 1)) for _ in range(3)
-    )
-    where = dict(sigma=SIGMAS[k], sigma_next=SIGMAS[k + 1], noise_level=A, sigma_second=SIGMAS[1])
-    old = dynamics.step("Flow-SDE", v, x, **where, generator=generator)
-    if noise is not None:
-        old = dynamics.step("Flow-SDE", v, x, **where, x_next=old.mean + old.std * noise)
-    v_new = (v + apart * away).requires_grad_()
-    return v_new, old, dynamics.step("Flow-SDE", v_new, x, **where, x_next=old.x_next)
 
 
 def log_ratio_of(old, new):
