@@ -118,14 +118,6 @@ def propagate(rule, sigmas, var, level):
     return torch.tensor(means, dtype=torch.float64), torch.tensor(variances, dtype=torch.float64)
 
 
-def derivatives(name, sigmas, level):
-    """∂mean/∂x, ∂mean/∂v and std of every step of a schedule, each (T,)."""
-    v, x = (t.requires_grad_() for t in v_and_x(len(sigmas) - 1, 1))
-    taken = step(name, v, x, sigmas[:-1], sigmas[1:], level, sigma_second=sigmas[1])
-    dx, dv = torch.autograd.grad(taken.mean.sum(), (x, v))
-    return dx[:, 0], dv[:, 0], taken.std[:, 0]
-
-
 # ---- Schedule ----
 
 
@@ -176,10 +168,13 @@ def test_noise_level_0_is_euler_and_has_no_density(name):  # F1, C2
 @pytest.mark.parametrize("T", [1, 2, 10, 50])
 def test_factors_of_the_sdes_on_any_schedule(T, shift, a):
     sigmas = schedule(T, shift)
-    (dx, dv, std), h, sigma = derivatives("Flow-SDE", sigmas, a), -sigmas.diff(), sigmas[:-1]
-    close(torch.stack([std[0], dx[0], -dv[0] / h[0]]), [a, 1 - a**2 / 2, 1])  # F3
+    (v, x), h, sigma = (t.requires_grad_() for t in v_and_x(T, 1)), -sigmas.diff(), sigmas[:-1]
+    flow, dance = (step(name, v, x, sigma, sigmas[1:], a, sigma_second=sigmas[1]) for name in SDES)
+    dx, dv = (slope[:, 0] for slope in torch.autograd.grad(flow.mean.sum(), (x, v)))
+    close(torch.stack([flow.std[0, 0], dx[0], -dv[0] / h[0]]), [a, 1 - a**2 / 2, 1])  # F3
     close(-dv[1:] / h[1:], 1 + a**2 / 2)  # F2
-    close(-derivatives("Dance-SDE", sigmas, a)[1] / h, 1 + a**2 * (1 - sigma) / (2 * sigma))  # D4
+    (dv,) = torch.autograd.grad(dance.mean.sum(), v)
+    close(-dv[:, 0] / h, 1 + a**2 * (1 - sigma) / (2 * sigma))  # D4
 
 
 @pytest.mark.parametrize("sigma, second", [(1.0, None), (1.0, 0.96), (1.0, 0.9), (1 - 1e-7, 0.96), (0.999, 0.96)])
@@ -361,11 +356,11 @@ def test_sigmas_per_sample_agree_with_a_loop_over_samples(name, sigma_next):  # 
     (v, x), second = v_and_x(3, 4, 3, 2), SIGMAS[1]
     sigma, generators = SIGMAS[[0, 8, 4]], [seeded(i) for i in range(3)]  # the first step of the schedule among others
     batch = step(name, v, x, sigma, sigma_next, 0.7, sigma_second=second, generator=generators)
-    for i, *sigmas in zip(range(3), sigma, sigma_next.expand(3), strict=True):
-        one, numbers = slice(i, i + 1), [s.item() for s in (*sigmas, second)]
+    for i in range(3):
+        one, sigmas = slice(i, i + 1), (sigma[i], sigma_next.expand(3)[i], second)
         alone, by_numbers = (
             step(RULES[name], v[one], x[one], *now, 0.7, sigma_second=then, generator=seeded(i))
-            for *now, then in ((*sigmas, second), numbers)
+            for *now, then in (sigmas, [s.item() for s in sigmas])
         )
         assert same(alone, by_numbers) and alone.std.shape == ()
         close(batch.mean[one], alone.mean)

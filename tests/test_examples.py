@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import SMALL, read_csv
 from safetensors.torch import load_file
+from test_checkpoint import assert_same_run
 from torch.nn.functional import logsigmoid
 
 import common
@@ -192,14 +193,6 @@ def test_copies_at_the_top_run(tmp_path, prompt_files):
         assert float(read_csv(tmp_path / "runs" / name / "metrics.csv")[2]["train/grad_norm"]) > 0
 
 
-def state(folder):
-    """What a run of two epochs leaves: its rows without the seconds, its last checkpoint and its images, in bytes."""
-    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in read_csv(folder / "metrics.csv")]
-    (file,) = folder.glob("checkpoints/epoch_0002*/*.safetensors")
-    tensors = {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
-    return rows, tensors, {path.name: path.read_bytes() for path in (folder / "images").glob("*")}
-
-
 @pytest.mark.parametrize(
     "script, options",
     [
@@ -211,11 +204,11 @@ def state(folder):
 )
 def test_a_resumed_run_is_the_run(start, monkeypatch, script, options):
     options = ["--eval.eval-freq", 1, *options.split()]
-    whole = state(start(script, *options, name="whole"))
+    whole = start(script, *options, name="whole")
     folder = start(script, *options, "--train.max-epochs", 1)
     monkeypatch.setattr(sys, "argv", [script.__name__, "--resume", str(folder), "--train.max-epochs", "2"])
     script.main()
-    assert state(folder) == whole
+    assert_same_run(whole, folder)
 
 
 @pytest.mark.parametrize("script", [dpo, dgpo])
@@ -240,10 +233,12 @@ def test_a_group_has_one_noise_and_a_pair_is_its_best_and_worst(monkeypatch, sta
 
 def test_dpo_of_equal_rewards_learns_nothing(start, tmp_path):  # O3
     (tmp_path / "flat.py").write_text("def flat(images, prompts):\n    return images.new_ones(len(images))\n")
-    rows, tensors, _ = state(start(dpo, "--reward", f"{tmp_path / 'flat.py'}:flat=1"))
+    folder = start(dpo, "--reward", f"{tmp_path / 'flat.py'}:flat=1")
+    rows, (file,) = read_csv(folder / "metrics.csv"), folder.glob("checkpoints/epoch_0002*/*.safetensors")
     assert [(row["train/pairs"], row["train/grad_norm"]) for row in rows[1:]] == [("0.0", "0.0")] * 2
+    tensors = load_file(file)
     trained = [name for name in tensors if name.startswith("parameters/")]
-    assert trained and all(tensors[of] == tensors[of.replace("parameters", "reference")] for of in trained)
+    assert trained and all(torch.equal(tensors[of], tensors[of.replace("parameters", "reference")]) for of in trained)
 
 
 @each_script

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import read_csv
+from test_dynamics import randn
 
 import common
 import dynamics
@@ -18,10 +19,6 @@ from nft import TrainArgs, nft_loss, noised, old_decay
 C = 5.0  # the clip range of the advantages, so that r = 1/2 + A / 2C
 
 
-def randn(*shape, seed=1):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def per_image(values):
     """(B,) as (B, 1, 1, 1)."""
     return torch.as_tensor(values, dtype=torch.float64).reshape(-1, 1, 1, 1)
@@ -29,7 +26,7 @@ def per_image(values):
 
 def world(sigma=0.6):
     """(x_t, x0, v_target, v_old) of six images: v_target is noise − x0, v_old a wrong guess of it."""
-    x0, noise, wrong = randn(3, 6, 4, 3, 3, seed=0)
+    x0, noise, wrong = randn(3, 6, 4, 3, 3)
     sigma = per_image(sigma)
     return (1 - sigma) * x0 + sigma * noise, x0, noise - x0, noise - x0 + 0.5 * wrong
 
@@ -53,7 +50,7 @@ def test_no_advantage_has_no_gradient(beta, self_normalised):  # N1
     rest = (v_old, x_t, x0, 0.6, torch.zeros(6, dtype=torch.float64), beta, C, self_normalised)
     assert loss_gradient(v_old, *rest).abs().max() < 1e-15
     for size in (1e-3, 0.1, 3.0):
-        away = size * randn(*v_old.shape)
+        away = size * randn(*v_old.shape, seed=1)
         assert self_normalised or nft_loss(v_old + away, *rest)[0] > nft_loss(v_old, *rest)[0]
         assert (loss_gradient(v_old + away, *rest) * away).sum() > 0  # back to v_old
     # but without the negative term v_old is left behind
@@ -72,60 +69,32 @@ def test_minimiser_of_a_sample(beta):  # N2: v_old + (2r − 1)(v_target − v_o
     assert torch.allclose(curvature, torch.full_like(curvature, 2 * C * beta * 0.6**2))
 
 
-def test_self_normalised_minimiser_is_at_full_optimality():  # departs from N2, as the released code does
-    x_t, x0, v_target, v_old = world()
-    r = torch.tensor([0.0, 0.1, 0.4, 0.6, 0.9, 1.0])
-    rest = (v_old, x_t, x0, 0.6, advantages_of(r), 0.5, C, True)
-    way = per_image((2 * r - 1).sign()) * (v_target - v_old)
-    # t of the way to v_old ± (v_target − v_old) / β, where the weight of one error is 0
-    pulls = [-(loss_gradient(v_old + t * way / 0.5, *rest) * way).flatten(1).sum(1) for t in (0.1, 0.5, 0.9, 1.1)]
-    assert torch.allclose(pulls[0], pulls[1]) and torch.allclose(pulls[0], pulls[2])  # the pull does not slacken
-    assert (pulls[0] > 0).all() and (pulls[3] < 0).all()
-
-
-@pytest.fixture(scope="module")
-def population():
-    """Samples that share one x_t, as all that could have led there, with optimalities of their own.
-
-    Returns (x_t, x0, v_target, r): (9, 2) each, and (9,).
-    """
-    x0, r = randn(9, 2), 0.2 + 0.6 * torch.rand(9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x_t = randn(1, 2, seed=2).expand(9, 2)
-    return x_t, x0, (x_t - x0) / 0.5, r  # noise − x0, where sigma is 1/2
-
-
-def population_minimiser(population, v_old, r, beta):
-    """The velocity (2,) at x_t that minimises the loss over all samples, by one step of Newton."""
-    x_t, x0, *_ = population
-
-    def slope(v):
-        v = v.clone().requires_grad_()
-        rest = (v_old.expand_as(x0), x_t, x0, 0.5, advantages_of(r), beta, C, False)
-        return torch.autograd.grad(nft_loss(v.expand_as(x0), *rest)[0], v)[0]
-
-    there = v_old - slope(v_old) / (slope(v_old + 1) - slope(v_old))
-    assert slope(there).abs().max() < 1e-14
-    return there
-
-
 @pytest.mark.parametrize("beta", [0.1, 1.0])
-def test_minimiser_of_a_population(population, beta):  # N2: v_old + (2/β) α (v⁺ − v_old) if v_old fits its samples
-    _, _, v_target, r = population
+def test_minimiser_of_a_population(beta):  # N2: v_old + (2/β) α (v⁺ − v_old) if v_old fits its samples; N5
+    """Of samples that share one x_t, as all that could have led there, with optimalities of their own."""
+    x0, x_t = randn(9, 2), randn(1, 2, seed=1).expand(9, 2)
+    r, v_target = torch.linspace(0.2, 0.8, 9, dtype=torch.float64), (x_t - x0) / 0.5  # noise − x0, where sigma is 1/2
+
+    def slope(v, v_old, r):
+        v, v_old = v.expand_as(x0), v_old.expand_as(x0)
+        return loss_gradient(v, v_old, x_t, x0, 0.5, advantages_of(r), beta, C, False).sum(0)
+
+    def minimiser(v_old, r):
+        """(2,): by one step of Newton."""
+        here = slope(v_old, v_old, r)
+        best = v_old - here / (slope(v_old + 1, v_old, r) - here)
+        assert slope(best, v_old, r).abs().max() < 1e-14
+        return best
+
     v_old, alpha = v_target.mean(0), r.mean()
     v_positive = (r[:, None] * v_target).mean(0) / alpha
-    best = population_minimiser(population, v_old, r, beta)
+    best = minimiser(v_old, r)
     assert torch.allclose(best, v_old + 2 / beta * alpha * (v_positive - v_old), rtol=1e-9, atol=1e-9)
     assert (best - v_old).abs().max() > 0.1
-
-
-def test_a_constant_reward_moves_nothing(population):  # N5
-    _, _, v_target, r = population
-    v_old = v_target.mean(0)
-    moved = [
-        population_minimiser(population, v, r + 0.15, 1.0) - population_minimiser(population, v, r, 1.0)
-        for v in (v_old, v_old + 0.3)  # the second does not fit its own samples
-    ]
-    assert moved[0].abs().max() < 1e-12 and torch.allclose(moved[1], torch.full_like(v_old, 2 * 0.15 * -0.3))
+    # a reward that is higher by a constant moves nothing, but where v_old does not fit its samples
+    assert (minimiser(v_old, r + 0.15) - best).abs().max() < 1e-12
+    moved = minimiser(v_old + 0.3, r + 0.15) - minimiser(v_old + 0.3, r)
+    assert torch.allclose(moved, torch.full_like(v_old, 2 * 0.15 * -0.3 / beta))
 
 
 @pytest.mark.parametrize("clip", [1.0, C])  # without effect on what is not clipped
@@ -177,11 +146,9 @@ def test_each_error_has_its_own_weight_without_a_gradient(self_normalised, negat
 
 
 def test_a_perfect_prediction_is_finite():
-    x0, v_target = torch.zeros(2, 4, 3, 3), torch.ones(2, 4, 3, 3)
-    v = v_target.clone().requires_grad_()
-    loss, _ = nft_loss(v, v_target, 0.5 * v_target, x0, 0.5, torch.ones(2), 1.0, C)
-    loss.backward()
-    assert loss == 0 and (v.grad == 0).all()
+    v = torch.ones(2, 4, 3, 3)
+    rest = (v, 0.5 * v, torch.zeros_like(v), 0.5, torch.ones(2), 1.0, C)
+    assert nft_loss(v, *rest)[0] == 0 and (loss_gradient(v, *rest) == 0).all()
 
 
 def test_half_precision_is_computed_in_float32_and_shapes_are_checked():
@@ -194,14 +161,6 @@ def test_half_precision_is_computed_in_float32_and_shapes_are_checked():
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=1e-5)
     with pytest.raises(AssertionError):  # (B, 1) against (B,) would broadcast to (B, B)
         nft_loss(v, v_old, x_t, x0, 0.6, torch.zeros(6, 1), 1.0, C)
-
-
-def test_a_batch_is_the_mean_of_its_images():
-    sigma = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 1.0], dtype=torch.float64)
-    x_t, x0, _, v_old = world(sigma)
-    given = (v_old + 0.2, v_old, x_t, x0, sigma, torch.linspace(-6, 6, 6, dtype=torch.float64))
-    parts = [nft_loss(*row, 0.5, C)[0] for row in zip(*(t.split(1) for t in given), strict=True)]
-    assert nft_loss(*given, 0.5, C)[0].item() == pytest.approx(torch.stack(parts).mean().item())
 
 
 # What the loss is made of

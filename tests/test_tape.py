@@ -66,20 +66,15 @@ def count_rows(pipe, *names):
     return rows
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("guidance_scale, checkpointing", [(1.0, False), (3.0, False), (1.0, True)])
 @DTYPES
 @pytest.mark.parametrize("dynamics_type, noise_level", [("Flow-SDE", 0.7), ("Dance-SDE", 0.3), ("CPS", 0.8)])
-def test_replay_is_bitwise_exact(make_pipe, call, dtype, guidance_scale, dynamics_type, noise_level):  # G1
-    pipe, parameters = make_pipe(dtype)
+def test_replay_is_bitwise_exact(make_pipe, call, dtype, guidance_scale, checkpointing, dynamics_type, noise_level):
+    pipe, parameters = make_pipe(dtype, enable_gradient_checkpointing=checkpointing)  # G1
     tape = rollout(pipe, call(guidance_scale=guidance_scale), dynamics_type, noise_level, range(4), noise())
     assert sorted(tape.steps) == [0, 1, 2, 3] and tape.steps[0].log_prob.shape == (4,)
     assert sum(g.norm() for g in gradients(replayed(pipe, tape), parameters)) > 0
     assert all(p.dtype == torch.float32 for p in parameters.values())
-
-
-def test_gradient_checkpointing_keeps_the_replay_exact(make_pipe, call):
-    pipe, parameters = make_pipe(enable_gradient_checkpointing=True)
-    assert sum(g.norm() for g in gradients(replayed(pipe, sde(pipe, call(), [2])), parameters)) > 0
 
 
 @pytest.mark.parametrize("other, shared", [("a red circle", True), ("a blue cross", False)])
@@ -90,15 +85,10 @@ def test_the_embeddings_of_one_prompt_are_kept_once(pipe, call, other, shared):
     replayed(pipe, tape)
 
 
-def test_diffusers_looks_for_the_device_once(pipe, call, monkeypatch):
-    """It goes through all modules for it, in each call: 0.1 s in one of SD3.5, on the CPU, while the GPU waits."""
+def test_a_replay_waits_for_nothing_that_is_known(pipe, call, monkeypatch):
+    """To find the device diffusers goes through all modules, and a schedule that is made again waits for its copies."""
     assert pipe._execution_device == torch.device("cpu") and type(pipe).__name__ == "StableDiffusion3Pipeline"
     monkeypatch.setattr("diffusers.hooks.group_offloading._get_group_onload_device", lambda module: 1 / 0)
-    replayed(pipe, sde(pipe, call(), [2]))
-
-
-def test_a_replay_finds_the_schedule_as_its_rollout_did(pipe, call, monkeypatch):
-    """To make it again is to wait for its copies to the GPU, in each replay."""
     tape = sde(pipe, call(), [2])
     ode(pipe, call(steps=3))
     monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "set_timesteps", lambda *args, **kwargs: 1 / 0)
@@ -214,28 +204,21 @@ def by_hand(pipe, tape, x, start=0):
 
 
 @DTYPES
-@pytest.mark.parametrize("tail_steps", [1, 3, 4])
-def test_a_tail_leaves_the_steps_before_it_alone(make_pipe, call, dtype, tail_steps):  # M5
+@pytest.mark.parametrize("sde_steps, tail_steps", [([1, 3], 1), ([1, 3], 3), ([1, 3], 4), ([3], 9), ([7], 9), ((), 9)])
+def test_a_tail_leaves_the_steps_before_it_alone(make_pipe, call, dtype, sde_steps, tail_steps):  # M5
+    """One that is longer than the schedule is the schedule, and without noise the tail is everything."""
     pipe, _ = make_pipe(dtype)
-    rows = count_rows(pipe, "transformer")
-    tape = sde(pipe, call(steps=8), [1, 3], tail_steps=tail_steps)
-    assert rows["transformer"] == 4 * (4 + tail_steps)
-    whole = sde(pipe, call(steps=8), [1, 3])
-    assert len(tape.sigmas) == 4 + tail_steps + 1 and tape.sigmas[-1] == 0
-    assert torch.equal(tape.sigmas[:5], whole.sigmas[:5]) and tail_steps < 4 or torch.equal(tape.sigmas, whole.sigmas)
+    rows, start = count_rows(pipe, "transformer"), max(sde_steps, default=-1) + 1
+    tape, T = sde(pipe, call(steps=8), sde_steps, tail_steps=tail_steps), min(start + tail_steps, 8)
+    assert rows["transformer"] == 4 * T and len(tape.sigmas) == T + 1 and tape.sigmas[-1] == 0
+    whole = sde(pipe, call(steps=8), sde_steps)
+    unchanged = start + 1 if T < 8 else 9
+    assert torch.equal(tape.sigmas[:unchanged], whole.sigmas[:unchanged])
     assert torch.equal(tape.schedule, whole.sigmas) and torch.equal(whole.schedule, whole.sigmas)
     assert all(torch.equal(taken.x_next, whole.steps[k].x_next) for k, taken in tape.steps.items())
     replayed(pipe, tape)
     assert tape.images.isfinite().all()
-    assert torch.equal(tape.x0, by_hand(pipe, tape, tape.steps[3].x_next, start=4))
-
-
-@pytest.mark.parametrize("sde_steps", [[3], [4], ()])
-def test_a_tail_that_is_longer_than_the_schedule_is_the_schedule(pipe, call, sde_steps):
-    rows = count_rows(pipe, "transformer")
-    tape = sde(pipe, call(), sde_steps, tail_steps=9)
-    assert len(tape.sigmas) == 6 and torch.equal(tape.sigmas, tape.schedule) and rows["transformer"] == 4 * 5
-    assert sde_steps or torch.equal(tape.x0, by_hand(pipe, tape, tape.noise))  # without noise the tail is everything
+    assert torch.equal(tape.x0, by_hand(pipe, tape, tape.steps[start - 1].x_next if start else tape.noise, start))
 
 
 @pytest.mark.parametrize("kind", ["shifted once", "as SD3's pipeline has it", "inverted"])
