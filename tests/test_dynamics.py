@@ -168,7 +168,8 @@ def test_noise_level_0_is_euler_and_has_no_density(name):  # F1, C2
 @pytest.mark.parametrize("T", [1, 2, 10, 50])
 def test_factors_of_the_sdes_on_any_schedule(T, shift, a):
     sigmas = schedule(T, shift)
-    (v, x), h, sigma = (t.requires_grad_() for t in v_and_x(T, 1)), -sigmas.diff(), sigmas[:-1]
+    v, x = (t.requires_grad_() for t in v_and_x(T, 1))
+    h, sigma = -sigmas.diff(), sigmas[:-1]
     flow, dance = (step(name, v, x, sigma, sigmas[1:], a, sigma_second=sigmas[1]) for name in SDES)
     dx, dv = (slope[:, 0] for slope in torch.autograd.grad(flow.mean.sum(), (x, v)))
     close(torch.stack([flow.std[0, 0], dx[0], -dv[0] / h[0]]), [a, 1 - a**2 / 2, 1])  # F3
@@ -450,6 +451,7 @@ def test_order_of_convergence(solver, order):  # M6: exactly, (x − (1 − σ) 
         *((None, 1.0, 0.96), (None, 0.6, 0.4), (None, 0.25, 0.0), (None, 1.0, 0.0)),  # without a past
         *((1.0, 0.9, 0.8), (0.6, 0.4, 0.0), (1.0, 0.5, 0.0), (1.0, 1.0, 0.9)),  # where λ is infinite (M5)
         (0.5, 0.5, 0.4),  # after a step of no length
+        (0.731, 0.5, 0.1),  # 2.2 times as long in λ as the last
         *(schedule(T)[-4:-1].tolist() for T in (4, 5, 10, 20, 40)),  # much longer in λ than the last: to 0.009
     ],
 )
