@@ -212,12 +212,7 @@ def run(start):
 def record(monkeypatch, change=lambda tape: tape):
     """The list that the rollouts of runs will be in; `change` makes another of each."""
     tapes, plain = [], common.rollout
-
-    def recorded(*args, **known):
-        tapes.append(change(plain(*args, **known)))
-        return tapes[-1]
-
-    monkeypatch.setattr(common, "rollout", recorded)
+    monkeypatch.setattr(common, "rollout", lambda *a, **named: tapes.append(change(plain(*a, **named))) or tapes[-1])
     return tapes
 
 
