@@ -186,6 +186,7 @@ def test_an_update_is_over_the_mean_of_its_losses(start, monkeypatch, script, lo
 
 
 REFUSALS = [
+    (grpo, "--train.trainer-type nft", "--train.trainer-type", "('grpo',)"),
     (grpo_guard, "--train.dynamics-type Dance-SDE", "train.dynamics_type = 'Dance-SDE'", "Flow-SDE alone"),
     (grpo_guard, "--train.dynamics-type CPS", "train.dynamics_type = 'CPS'", "Flow-SDE alone"),
     (grpo_guard, "--train.dynamics-type ODE", "train.dynamics_type = 'ODE'", "grpo.py"),
@@ -202,7 +203,7 @@ REFUSALS = [
     (nft, "--train.dynamics-type Flow-SDE --train.noise-level 0", "train.noise_level = 0.0", "greater than 0"),
     (nft, "--train.train-steps 4", "train.train_steps = [4]", "from 0 to 3"),
     (nft, "--train.dynamics-type CPS --train.solver DPM-Solver++", "train.solver = 'DPM-Solver++'", "is for the ODE"),
-]  # those of grpo.py are in test_settings.py
+]  # the others of grpo.py are in test_settings.py
 
 
 @pytest.mark.parametrize("script, options, what, remedy", REFUSALS)
