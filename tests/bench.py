@@ -488,7 +488,7 @@ def capped(recipe, args, turn):
     gpu, log, lines, result = torch.cuda.is_available(), Run.log, [], "works"
     if gpu:
         torch.cuda.set_per_process_memory_fraction((gib - CONTEXT) * 2**30 / torch.cuda.mem_get_info()[1])
-    Run.log = lambda run, line: lines.append((time.perf_counter(), clock.spent["evaluation"])) or log(run, line)
+    Run.log = lambda run, *line: lines.append((time.perf_counter(), clock.spent["evaluation"])) or log(run, *line)
     clock.add(Run, "evaluate", "evaluation")
     with tempfile.TemporaryDirectory() as folder:
         prompts, group = Path(folder) / "prompts.txt", 2 if args.model == "wan" else 4
