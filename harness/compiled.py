@@ -1,16 +1,27 @@
 """--compile: the denoiser's blocks and the VAE's decoder compiled, and sampling by CUDA graphs."""
 
 import functools
+import itertools
+import time
 import warnings
 
 import torch
 import torch._dynamo.config
 from diffusers import AutoencoderKL
+from torch._dynamo.callback import on_compile_end
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from tqdm import tqdm
 
 from harness.parallel import recording
 from harness.sharded import repeated_blocks
+
+
+def say_progress():
+    """Say what waits for the compiler, and whenever it has done a part."""
+    tqdm.write("compiling: the first images and the first update wait for it ...")
+    parts, begun = itertools.count(1), time.perf_counter()
+    on_compile_end(lambda _: tqdm.write(f"compiled {next(parts)} parts, {time.perf_counter() - begun:.0f} s"))
 
 
 def compile_blocks(denoiser):

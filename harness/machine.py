@@ -44,10 +44,10 @@ def make_policy(args, device):
             getattr(pipe.vae, method)()
     policy = trainable_parameters(pipe, args, args.train.seed)
     if args.compile:
-        from harness.compiled import compile_blocks, compile_decoder
+        from harness.compiled import compile_blocks, compile_decoder, say_progress
 
         if rank() == 0:
-            print("compiling: the first images and the first update wait for it ...", flush=True)
+            say_progress()
         compile_decoder(pipe)
         for denoiser in denoisers(pipe).values():
             compile_blocks(denoiser)
