@@ -164,7 +164,7 @@ def sample(pipe, calls, dynamics_type, noise_level, sde_steps, tail_steps=None):
     for call in calls:
         before, start = start, (call.rows, [g.initial_seed() for g in call.kwargs["generator"]])
         tape = rollout(
-            pipe, call.kwargs, dynamics_type, noise_level, sde_steps, call.noise, tail_steps,
+            pipe, call.kwargs, dynamics_type, noise_level, sde_steps, call.step_generators, tail_steps,
             texts=texts, sibling=tape if start == before else None,
         )  # fmt: skip
         tape.rows = call.rows
@@ -252,7 +252,7 @@ class _Recorder:
         self.skipping = ahead is not None  # those steps, up to the denoiser's call of the first stochastic one
         self.inside = False  # a recorded method may call another
         self.keep_outputs = keep_outputs  # of the denoiser, not only their shapes
-        self.x0 = None  # of the step before, in the tail
+        self.x0_last = None  # what the network took for x0 in the step before, in the tail
 
     def method(self, name, method, *args, **kwargs):
         if self.inside:
@@ -333,7 +333,7 @@ class _Recorder:
             tape.x0 = taken.x_next
         elif tape.tail_steps and k >= tape.tail_start:
             velocity, sigmas = -output if inverted else output, tape.sigmas.tolist()
-            x_next, self.x0 = dynamics.dpm_step(velocity, sample, *sigmas[k : k + 2], sigmas[k - 1], self.x0)
+            x_next, self.x0_last = dynamics.dpm_step(velocity, sample, *sigmas[k : k + 2], sigmas[k - 1], self.x0_last)
             tape.x0 = x_next.to(output.dtype)
         else:
             scheduler._step_index = self.begin + k  # by index: a timestep may occur twice
@@ -583,8 +583,8 @@ class Call:
     """What each image is made of: the object of the data file, with its pictures."""
     kwargs: dict
     """Keyword arguments of the pipeline."""
-    noise: list
-    """A torch.Generator for each image, of the noise of its stochastic steps."""
+    step_generators: list
+    """A torch.Generator for each image, of the noise of its stochastic steps; kwargs have one of its initial noise."""
 
 
 def call_arguments(pipe, section, extra, rows):

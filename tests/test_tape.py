@@ -301,7 +301,7 @@ def test_calls_from_one_start_share_the_steps_before_the_noise(pipe, call):  # M
 @pytest.mark.parametrize("change", [dict(generator=generators((9,), (9,), (9,), (9,))), dict(prompt="a blue square")])
 def test_only_equal_calls_share_them(pipe, call, change):
     own, again = (circles(call, 1, **copy.deepcopy(change)) for _ in range(2))
-    alone = sde(pipe, own.kwargs, [2], own.noise, texts={})
+    alone = sde(pipe, own.kwargs, [2], own.step_generators, texts={})
     first, tape = common.sample(pipe, [circles(call, 0), again], "Flow-SDE", 0.7, [2])
     assert torch.equal(tape.images, alone.images) and not torch.equal(tape.images, first.images)
 
