@@ -302,9 +302,9 @@ def row(*cells):
     print("|", " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells), "|", flush=True)
 
 
-HOW = ("whole", "nocast", "one")
-"""Of --how, joined by +: the whole transformer compiled at once, not block by block; adapters take their input as it
-comes, without a cast to float32 and back; adapters that share their input have one product with it."""
+HOW = ("whole", "one")
+"""Of --how, joined by +: the whole transformer compiled at once, not block by block; adapters that share their input
+have one product with it."""
 
 
 def one_product(layers):
@@ -328,10 +328,6 @@ def prepare(load, how):
     """Make the workload's network what --how says."""
     how = how.split("+")
     assert set(how) <= {"eager", "compiled", *HOW}, how
-    if "nocast" in how:
-        for module in load.denoiser.modules():
-            if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
-                module.cast_input_dtype_enabled = False
     for module in load.denoiser.modules() if "one" in how else ():
         for names in (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")):
             layers = [getattr(module, name, None) for name in names]
