@@ -99,6 +99,22 @@ def test_wrong_scenes_fail(asked, drawn, resolution):
     assert not right(draw([drawn] * 12, resolution), asked).any()
 
 
+@pytest.mark.parametrize("radius", [(0.06, 0.08), (0.21, 0.23)])
+def test_objects_of_another_size_fail(radius, monkeypatch):
+    monkeypatch.setattr(world, "RADIUS", radius)
+    assert not right(draw(["a red circle"] * 12, 64), "a red circle").any()
+
+
+def test_objects_of_two_colours_or_of_another_fail():
+    images, x = draw(["a red square"] * 12), torch.arange(32)
+    red = images[:, 0] > 0.3
+    centre = (red * x).sum((1, 2)) / red.sum((1, 2))
+    half_blue = torch.where(x > centre[:, None, None, None], images.flip(1), images)
+    crimson = images + torch.tensor([0, 0, 0.2])[:, None, None] * red[:, None]
+    for wrong in (half_blue, crimson):
+        assert not right(wrong, "a red square").any() and not right(wrong, "a blue square").any()
+
+
 @pytest.mark.parametrize("prompt", KINDS)
 def test_junk_fails(prompt):
     generator = torch.Generator().manual_seed(0)
