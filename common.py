@@ -567,9 +567,8 @@ def epoch_rows(rows, count, seed, epoch):
         rng, scarce = np.random.default_rng([seed, epoch]), count > np.count_nonzero(weights)
         return [rows[i] for i in rng.choice(len(rows), count, replace=scarce, p=weights / weights.sum())]
     places = range((epoch - 1) * count, epoch * count)
-    orders = {p // len(rows): None for p in places}
-    for turn in orders:
-        orders[turn] = np.random.default_rng([seed, turn]).permutation(len(rows))
+    turns = {place // len(rows) for place in places}
+    orders = {turn: np.random.default_rng([seed, turn]).permutation(len(rows)) for turn in turns}
     return [rows[orders[p // len(rows)][p % len(rows)]] for p in places]
 
 

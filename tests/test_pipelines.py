@@ -10,6 +10,7 @@ import gc
 import importlib.util
 import inspect
 import json
+import re
 import shutil
 import weakref
 from types import SimpleNamespace
@@ -373,9 +374,10 @@ def assert_compiled_replays(pipe, tape):
 
 @pytest.mark.families
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles for a CPU with g++")
-def test_compiled_blocks_replay_exactly():
+def test_compiled_blocks_replay_exactly(capsys):
     """In bfloat16 the code compiled for gradients rounds elsewhere than that without: sampling must run it too."""
     pipe, call = fresh("stable_diffusion_3")
+    compiled.say_progress()
     pipe.transformer.transformer_blocks = pipe.transformer.transformer_blocks[-1:]  # compiling takes its time
     parameters = compile_on("cpu", pipe)
     blocks = [module for module in pipe.transformer.modules() if module._compiled_call_impl is not None]
@@ -384,6 +386,7 @@ def test_compiled_blocks_replay_exactly():
     assert_compiled_replays(pipe, tape)
     assert sum(p.grad.norm() for p in parameters if p.grad is not None) > 0
     assert contract.ode_difference(pipe, tape.call) == 0
+    assert re.search(r"first update wait.*\ncompiled part 1 \(\d+ s\)\ncompiled part 2 ", capsys.readouterr().out)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
