@@ -484,7 +484,7 @@ def capped(recipe, args, turn):
     gpu, log, lines, result = torch.cuda.is_available(), Run.log, [], "works"
     if gpu:
         torch.cuda.set_per_process_memory_fraction((gib - CONTEXT) * 2**30 / torch.cuda.mem_get_info()[1])
-    Run.log = lambda run, *line: lines.append((time.perf_counter(), clock.spent["evaluation"])) or log(run, *line)
+    Run.log = lambda run, *row: lines.append((time.perf_counter(), clock.spent["evaluation"])) or log(run, *row)
     clock.add(Run, "evaluate", "evaluation")
     with tempfile.TemporaryDirectory() as folder:
         prompts, group = Path(folder) / "prompts.txt", 2 if args.model == "wan" else 4
@@ -619,11 +619,11 @@ def share(_, args):
     """What `python grpo.py` does with the time of an epoch, in the script itself; evaluation not counted."""
     clock, begun, log = Clock(), [], Run.log
 
-    def mark(run, line):
-        if line["epoch"] == 0:
+    def mark(run, epoch, columns):
+        if epoch == 0:
             clock.spent.clear()
             begun.append(time.perf_counter())
-        log(run, line)
+        log(run, epoch, columns)
 
     Run.log = mark
     clock.add(diffusers.SD3Transformer2DModel, "forward", "transformer")
