@@ -62,8 +62,8 @@ class Forks:
     def begin(self, script, name, *argv, die=None, limit=None):
         """Start a process that begins a run, or resumes it if it has begun, as someone does who finds it dead.
 
-        die: it kills itself just before that many-th call of those that make files last, move or vanish; limit: the
-        largest file that it can write, in bytes.
+        die: it kills itself just before that many-th call of those that make files move or vanish; limit: the largest
+        file that it can write, in bytes.
         """
         begin = ["--resume"] if (self.folder / "runs" / name / "args.yaml").exists() else self.new[script]
         known = (self, script, [*begin, name, *argv], die, limit)
@@ -122,7 +122,7 @@ def forks(tmp_path_factory):
     ],
 )
 def test_killed_again_and_again(forks, script, moments):
-    """At random moments (None), or before the first, second, ... of the calls that make files last, move or vanish."""
+    """At random moments (None), or before the first, second, ... of the calls that make files move or vanish."""
     whole, seconds = forks.undisturbed(script)
     name = f"killed-{len(moments)}-{script}"
     for moment in moments:
