@@ -237,6 +237,8 @@ def test_all_else_is_that_of_grpo():  # so that what is shown of grpo.py holds h
     assert set(ours) - set(theirs) == {"guard_log_ratio", "ratio_metrics"} and set(theirs) <= set(ours)
     other = {name for name in theirs if inspect.getsource(ours[name]) != inspect.getsource(theirs[name])}
     assert other == {"check", "step_weights", "main"}
+    mains = ({line.strip() for line in inspect.getsource(script.main).splitlines()} for script in (grpo_guard, grpo))
+    assert all("log_" in line for line in set.symmetric_difference(*mains))  # nothing but the ratio
 
 
 def test_no_file_imports_a_script_and_dynamics_nothing_of_the_project():

@@ -657,7 +657,7 @@ def judge():
 @pytest.fixture
 def waits(monkeypatch):
     """The seconds that would have been waited, but for requests that a test before has left under way."""
-    seconds, before = [], {*threading.enumerate()}
+    seconds, before = [], {*threading.enumerate()} - {threading.current_thread()}
     waited = SimpleNamespace(sleep=lambda n: threading.current_thread() in before or seconds.append(n))
     monkeypatch.setattr(urllib3.util.retry, "time", waited)
     return seconds

@@ -87,6 +87,7 @@ def test_options(run, options):
     assert len(rows) == 3 and rows[-1]["eval/total"] != ""
     on_policy = [float(row["train/log_ratio"]) == 0 == float(row["train/log_ratio_std"]) for row in rows[1:]]
     assert on_policy == [options == "--train.gradient-step-per-epoch 1"] * 2  # a second update of one is off-policy
+    assert (float(rows[1].get("train/kl", 0)) > 0) == ("kl-beta" in options)  # to the base model
 
 
 @pytest.fixture
