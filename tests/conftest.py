@@ -6,6 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
+os.environ["HF_HUB_CACHE"] = os.devnull  # whatever is in the cache of this machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub client is imported
 
 import pytest

@@ -598,6 +598,9 @@ def test_a_detector_of_other_classes_is_refused(saved, clip_folder):
 class Judge(BaseHTTPRequestHandler):
     """A server that answers with the brightness of the image from 0 to 10, unless a prompt's faults come first."""
 
+    def log_message(self, *_):
+        """Says nothing of a request, which may come when its test is over."""
+
     def reply(self, status, body, length=None, **headers):
         body = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
