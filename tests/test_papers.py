@@ -64,3 +64,13 @@ def test_rewards_draw_from_generators_of_the_epoch(make_pipe):
 
     first, second, again = map(drawn, (1, 2, 1))
     assert first == again and not {*first} & {*second}
+
+
+def test_every_noise_of_a_run_is_its_own(make_pipe):
+    """Of each image at its start and in its steps; but for starts that a group shares on purpose."""
+    pipe, rows = make_pipe()[0], [{"prompt": "a red circle"}] * 2
+    args = grpo.Args(train=grpo.TrainArgs(unique_sample_num_per_epoch=2, group_size=2, per_device_batch_size=2))
+    for shared, count in ((False, 16), (True, 12)):
+        calls = [call for epoch in (1, 2) for call in common.epoch_calls(pipe, args, rows, epoch, shared)]
+        drawn = [g.initial_seed() for call in calls for g in (*call.kwargs["generator"], *call.step_generators)]
+        assert len(drawn) == 16 and len({*drawn}) == count
