@@ -21,7 +21,7 @@ def say_progress():
     """Say what waits for the compiler, and whenever it has done a part."""
     tqdm.write("compiling: the first images and the first update wait for it ...")
     parts, begun = itertools.count(1), time.perf_counter()
-    on_compile_end(lambda _: tqdm.write(f"compiled part {next(parts)} ({time.perf_counter() - begun:.0f} s)"))
+    on_compile_end(lambda *_: tqdm.write(f"compiled part {next(parts)} ({time.perf_counter() - begun:.0f} s)"))
 
 
 def compile_blocks(denoiser):
