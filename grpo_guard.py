@@ -208,7 +208,7 @@ def main():
         steps = drawn_steps(train, epoch)
         noisy = steps if train.sde_steps == "trained" else sorted({*steps, *range(train.num_inference_steps - 1)})
         calls = common.epoch_calls(pipe, args, rows, epoch, train.same_init_noise)
-        rollouts, scoring = [], evaluation.Scoring(reward, train.group_size)
+        rollouts, scoring = machine.Rollouts(args), evaluation.Scoring(reward, train.group_size)
         calls = console.progress(calls, "sampling and rewards")
         for tape in sample(pipe, calls, train.dynamics_type, train.noise_level, noisy, train.tail_steps):
             scoring.add(tape.images, tape.rows)

@@ -5,6 +5,7 @@ import os
 import diffusers
 import torch
 import transformers
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from common import denoisers, load_pipeline, networks, trainable_parameters
 from harness.fields import refuse
@@ -76,6 +77,30 @@ def offload(pipe, device):
     kept = denoisers(pipe)
     stay = [name for name, part in networks(pipe).items() if name in kept or getattr(part, "hf_quantizer", None)]
     pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=stream, exclude_modules=stay)
+
+
+class Rollouts:
+    """A list of an epoch's rollouts. With --offload or --quantize they wait on the CPU, but for the last asked for."""
+
+    def __init__(self, args):
+        self.waiting, self.kept = args.offload or args.quantize, []
+        self.last = self.rollout = None
+
+    def append(self, rollout):
+        self.kept.append(_left_on_cpu(rollout) if self.waiting else lambda: rollout)
+
+    def __getitem__(self, i):
+        if i != self.last:
+            self.last, self.rollout = i, self.kept[i]()
+        return self.rollout
+
+
+def _left_on_cpu(rollout):
+    """A function that gives the Rollout back, each tensor on its device again."""
+    leaves, tree = tree_flatten(rollout)
+    on_gpu = {i: leaf.device for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.is_cuda}
+    leaves = [leaf.cpu() if i in on_gpu else leaf for i, leaf in enumerate(leaves)]
+    return lambda: tree_unflatten([leaf.to(on_gpu[i]) if i in on_gpu else leaf for i, leaf in enumerate(leaves)], tree)
 
 
 def out_of_memory(error, args):

@@ -9,13 +9,15 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.hooks.group_offloading import ModuleGroup, _is_group_offload_enabled
+from torch.utils._pytree import tree_leaves
 
 import common
 import dynamics
+import grpo
 from common import generators, replay, rollout
 from harness import listening
 from harness.contract import count_repeated_noise, ode_difference
-from harness.machine import offload
+from harness.machine import Rollouts, offload
 from harness.settings import RunArgs
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -187,6 +189,27 @@ def test_offloaded_networks_visit_and_leave(call, monkeypatch, device):
     replayed(pipe, tape)
     guests = {name: _is_group_offload_enabled(network) for name, network in common.networks(pipe).items()}
     assert guests == dict(transformer=False, text_encoder=True, text_encoder_2=True, vae=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+@pytest.mark.parametrize("flags", [{}, {"offload": True}, {"quantize": "nf4"}])
+def test_rollouts_wait_on_the_cpu(call, device, flags):
+    pipe, kept = common.load_pipeline(RunArgs.model, device, torch.float32), Rollouts(grpo.Args(**flags))
+    tapes = [sde(pipe, call(guidance_scale=scale), [1, 2]) for scale in (1.0, 3.0)]
+    for tape in tapes:
+        kept.append(tape)
+    assert len([*kept]) == 2 and all((kept[i] is tape) != bool(flags) for i, tape in enumerate(tapes))
+    for i, tape in enumerate(tapes):
+        again = kept[i]
+        assert again is kept[i] and again.steps[1].rule is tape.steps[1].rule
+        for left, right in zip(tree_leaves(again), tree_leaves(tape), strict=True):
+            if isinstance(left, torch.Tensor):
+                assert left.device == right.device and (left.is_meta or torch.equal(left, right))
+        replayed(pipe, again)
+    if device == "cuda" and flags:
+        inside = torch.cuda.memory_allocated()
+        del tapes, tape, left, right
+        assert torch.cuda.memory_allocated() < inside
 
 
 # A tail by DPM-Solver++

@@ -190,7 +190,7 @@ def main():
         # Sampling by the old policy: the images of the epoch in order of (prompt, member), in calls of one batch
         steps = drawn_steps(train, epoch)
         calls = common.epoch_calls(pipe, args, rows, epoch)
-        rollouts, scoring = [], evaluation.Scoring(reward, train.group_size)
+        rollouts, scoring = machine.Rollouts(args), evaluation.Scoring(reward, train.group_size)
         bar = console.progress(calls, "sampling and rewards")
         with old.loaded():
             for tape in sample(pipe, bar, train.dynamics_type, train.noise_level, noisy_steps, tail_steps):
