@@ -111,12 +111,12 @@ class Transition:
     x_next: torch.Tensor
     log_prob: torch.Tensor
     velocity: torch.Tensor
-    rule: Callable
-    """`dynamics.step` of this step's noise levels."""
+    step: Callable
+    """`dynamics.step` with the rule and noise levels of this step."""
 
     def scored(self, velocity):
         """The Step from x to x_next under a velocity."""
-        return self.rule(v=velocity, x=self.x, x_next=self.x_next)
+        return self.step(v=velocity, x=self.x, x_next=self.x_next)
 
     @property
     def mean(self):
@@ -325,15 +325,15 @@ class _Recorder:
         if k in self.sde_steps:
             x, velocity = sample.detach().clone(), -output if inverted else output
             sigma, sigma_next = tape.sigmas[k : k + 2].tolist()
-            rule = functools.partial(
+            step = functools.partial(
                 dynamics.step, tape.dynamics_type, sigma=sigma, sigma_next=sigma_next, noise_level=tape.noise_level,
                 sigma_second=self.second,
             )  # fmt: skip
             with in_pipeline_call(its_own=False):
-                taken = rule(v=velocity, x=x, generator=self.generator)
+                taken = step(v=velocity, x=x, generator=self.generator)
             if taken.x_next.dtype != output.dtype:  # pass on the dtype that diffusers passes on, and score that
-                taken = rule(v=velocity, x=x, x_next=taken.x_next.to(output.dtype))
-            tape.steps[k] = Transition(x, taken.x_next, taken.log_prob, velocity.detach(), rule)
+                taken = step(v=velocity, x=x, x_next=taken.x_next.to(output.dtype))
+            tape.steps[k] = Transition(x, taken.x_next, taken.log_prob, velocity.detach(), step)
             tape.x0 = taken.x_next
         elif tape.tail_steps and k >= tape.tail_start:
             velocity, sigmas = -output if inverted else output, tape.sigmas.tolist()
@@ -347,7 +347,7 @@ class _Recorder:
 
 
 class _Player:
-    """Answers from the tape, from the first step() on with the latents of step k; lets that step happen, and stops."""
+    """Answers from the tape. The first step() already hands out the latents of step k, which then happens, and ends it."""
 
     def __init__(self, tape, target, x):
         self.tape, self.target, self.x = tape, target, x
@@ -389,7 +389,7 @@ class _Player:
     def step(self, scheduler, output, timestep, sample):
         if self.k < self.target:
             self.k += 1
-            return self.x_like(self.tape.x0)  # x at once
+            return self.x_like(self.tape.x0)  # x at once; x0 for its dtype and device
         untouched = sample is self.latents and sample._version == 0
         if not (untouched or self.same(sample)):
             reason = "the pipeline changes its latents itself, as where a part of them is given"
@@ -630,8 +630,8 @@ def candidate_steps(train):
 def minibatches(train, epoch):
     """For each optimizer step of an epoch, the calls of this process that it is over, counted from 0.
 
-    Of each `gradient_step_per_epoch` calls in a row every step of a pass takes one, at random from (seed, epoch): so a
-    step is over the same calls whatever the number of processes.
+    Of each `gradient_step_per_epoch` calls in a row each step of a pass takes one, at random from (seed, epoch): of 8
+    calls one step of two takes, say, 0, 3, 4, 6 and the other 1, 2, 5, 7, whatever the number of processes.
     """
     calls = train.unique_sample_num_per_epoch * train.group_size // train.per_device_batch_size
     order, steps = np.random.default_rng([train.seed, epoch, 1]), []

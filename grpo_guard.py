@@ -110,9 +110,9 @@ def check(args):
     if train.shift_interval is not None and train.num_train_steps is None:
         remedy = "moves a window of train.num_train_steps steps, which is None; set that too (MixGRPO has 4)"
         refuse("train.shift_interval", train.shift_interval, remedy)
-    first = last - 1 if train.sde_steps == "all" else sorted(steps)[(train.num_train_steps or len(steps)) - 1]
-    if train.tail_steps is not None and not 1 <= train.tail_steps <= last - first:
-        remedy = f"the last stochastic step is {first} or later, and after it come at most {last - first} steps"
+    earliest = last - 1 if train.sde_steps == "all" else sorted(steps)[(train.num_train_steps or len(steps)) - 1]
+    if train.tail_steps is not None and not 1 <= train.tail_steps <= last - earliest:
+        remedy = f"the last stochastic step is {earliest} or later, and after it come at most {last - earliest} steps"
         refuse("train.tail_steps", train.tail_steps, f"{remedy}; take 1 to that many, or None")
 
 
@@ -198,9 +198,9 @@ def main():
     checkpoint = Checkpoint(run, policy, optimizer, reference=reference, ema=ema)
     rows = data.read_rows(args.prompts)
     run.print(console.plan(args, policy, len(drawn_steps(train, 1)), 1 + bool(reference)))
-    evaluate = partial(run.evaluate, pipe=pipe, reward=eval_reward, policy=policy, average=ema)  # where one is due
+    evaluate = partial(run.evaluate, pipe=pipe, reward=eval_reward, policy=policy, average=ema)  # if one is due
 
-    first, updates = checkpoint.begin(evaluate)  # with the base model, evaluated, or where a resumed run was
+    first, updates = checkpoint.begin(evaluate)  # evaluates the base model, or takes a run up again
     for epoch in range(first, train.max_epochs + 1):
         metrics = common.Metrics()
 

@@ -123,7 +123,7 @@ class RunArgs:
     cudnn_attention: bool = False
     """Let torch choose cuDNN's attention: fastest on Hopper GPUs; FLUX crashes, some masks give NaN (torch #196678)."""
     offload: Annotated[bool, MAY_CHANGE] = False
-    """Keep text encoders and VAE on the CPU, each on the device only while it works."""
+    """Keep text encoders, VAE and an epoch's rollouts on the CPU, each on the device only while it works."""
     vae_tiling: bool = False
     """Decode large images in overlapping tiles: less memory, and faint seams."""
     vae_slicing: bool = False

@@ -55,5 +55,9 @@ def test_every_run_of_a_claim_was_made(monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#\s]+)", re.sub(r"```.*?```", "", page.read_text(), flags=re.S))
-    assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    links = re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)", re.sub(r"```.*?```", "", page.read_text(), flags=re.S))
+    for to, anchor in [link for link in links if "://" not in link[0]]:
+        target = page.parent / to if to else page
+        assert target.exists(), to
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.M) if anchor else ()
+        assert not anchor or anchor in [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings], anchor

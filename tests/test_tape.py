@@ -201,7 +201,7 @@ def test_rollouts_wait_on_the_cpu(call, device, flags):
     assert len([*kept]) == 2 and all((kept[i] is tape) != bool(flags) for i, tape in enumerate(tapes))
     for i, tape in enumerate(tapes):
         again = kept[i]
-        assert again is kept[i] and again.steps[1].rule is tape.steps[1].rule
+        assert again is kept[i] and again.steps[1].step is tape.steps[1].step
         for left, right in zip(tree_leaves(again), tree_leaves(tape), strict=True):
             if isinstance(left, torch.Tensor):
                 assert left.device == right.device and (left.is_meta or torch.equal(left, right))

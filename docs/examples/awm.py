@@ -192,9 +192,9 @@ def main():
     tail_steps = train.num_inference_steps if train.solver == "DPM-Solver++" else None
     noisy_steps = range(train.num_inference_steps - 1) if train.dynamics_type != "ODE" else ()
     run.print(console.plan(args, policy, len(drawn_steps(train, 1)), 2 + bool(reference) + bool(average)))
-    evaluate = partial(run.evaluate, pipe=pipe, reward=eval_reward, policy=policy, average=ema)  # where one is due
+    evaluate = partial(run.evaluate, pipe=pipe, reward=eval_reward, policy=policy, average=ema)  # if one is due
 
-    first, updates = checkpoint.begin(evaluate)  # with the base model, evaluated, or where a resumed run was
+    first, updates = checkpoint.begin(evaluate)  # evaluates the base model, or takes a run up again
     for epoch in range(first, train.max_epochs + 1):
         metrics = common.Metrics()
 

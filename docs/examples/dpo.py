@@ -188,9 +188,9 @@ def main():
     run.print(console.plan(args, policy, len(drawn_steps(train, 1)), 2 + bool(reference)))
     share = f"{2 / train.group_size:.3g} of its images, those of the pairs, which are sampled twice"
     run.print(f"          but training is on {share}")  # new in DPO
-    evaluate = partial(run.evaluate, pipe=pipe, reward=eval_reward, policy=policy, average=ema)  # where one is due
+    evaluate = partial(run.evaluate, pipe=pipe, reward=eval_reward, policy=policy, average=ema)  # if one is due
 
-    first, updates = checkpoint.begin(evaluate)  # with the base model, evaluated, or where a resumed run was
+    first, updates = checkpoint.begin(evaluate)  # evaluates the base model, or takes a run up again
     for epoch in range(first, train.max_epochs + 1):
         metrics = common.Metrics()
 
