@@ -347,7 +347,7 @@ class _Recorder:
 
 
 class _Player:
-    """Answers from the tape. The first step() already hands out the latents of step k, which then happens, and ends it."""
+    """Answers from the tape. The first step() already hands out the latents of step k; that one happens and ends it."""
 
     def __init__(self, tape, target, x):
         self.tape, self.target, self.x = tape, target, x
