@@ -104,8 +104,8 @@ def validated(kinds, settings):
     for key, value in settings.items():
         if key not in kinds:
             near = [known for known in kinds if known.endswith(f".{key.rpartition('.')[2]}")]
-            near += difflib.get_close_matches(key, kinds, n=1, cutoff=0)
-            refuse(key, value, f"unknown key; did you mean {near[0]}?")
+            near += difflib.get_close_matches(key, kinds, n=1)
+            refuse(key, value, f"unknown key; {f'did you mean {near[0]}?' if near else '--help has all'}")
         try:
             right[key] = TypeAdapter(kinds[key], config=FINITE).validate_python(value)
         except ValidationError as error:

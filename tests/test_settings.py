@@ -222,6 +222,7 @@ def test_refusals(refused, monkeypatch, options, what, remedy):
     [
         ("train: {kl_betta: 0.1}", "train.kl_betta = 0.1 (from @)", "unknown key; did you mean train.kl_beta?"),
         ("learning_rate: 1", "learning_rate", "did you mean train.learning_rate?"),
+        ("xyz: 1", "xyz", "unknown key; --help has all"),
         ("train.seed: 3", "train.seed", "as a mapping of its own, not with a dot"),
         ("train: {trainer_type: nft}", "trainer_type = 'nft'", "is for nft.py; this script is the trainer 'grpo'"),
         ("train: {trainer_type: [grpo]}", "trainer_type = ['grpo']", "this script is the trainer 'grpo'"),
