@@ -175,10 +175,14 @@ def test_the_window_slides(named, count, interval):  # M4: l(i) = min(âŒŠi / 25â
 def test_an_update_is_over_the_mean_of_its_losses(start, monkeypatch, script, loss, options):
     trained, adamw = [], torch.optim.AdamW
 
+    def optimizer(parameters, *settings, **named):
+        trained.extend(parameters)
+        return adamw(trained, *settings, **named)
+
     def flat_loss(first, *_):  # whose gradient is 1 in one parameter
         return 0 * first.sum() + trained[0].sum(), {}
 
-    monkeypatch.setattr(torch.optim, "AdamW", lambda p, *a, **named: adamw(trained.extend(p) or trained, *a, **named))
+    monkeypatch.setattr(torch.optim, "AdamW", optimizer)
     monkeypatch.setattr(script, loss, flat_loss)
     unweighted = ["--train.no-reweight"] if script is grpo_guard else []
     rows = read_csv(start(script, "--train.max-epochs", 1, *unweighted, *options.split()) / "metrics.csv")
