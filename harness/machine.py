@@ -80,10 +80,10 @@ def offload(pipe, device):
 
 
 class Rollouts:
-    """A list of an epoch's rollouts. With --offload or --quantize they wait on the CPU, but for the last asked for."""
+    """A list of rollouts. With --offload, --quantize or --quantize-text they wait on the CPU, but for the last one asked."""
 
     def __init__(self, args):
-        self.waiting, self.kept = args.offload or args.quantize, []
+        self.waiting, self.kept = args.offload or args.quantize or args.quantize_text, []
         self.last = self.rollout = None
 
     def append(self, rollout):

@@ -192,7 +192,7 @@ def test_offloaded_networks_visit_and_leave(call, monkeypatch, device):
 
 
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
-@pytest.mark.parametrize("flags", [{}, {"offload": True}, {"quantize": "nf4"}])
+@pytest.mark.parametrize("flags", [{}, {"offload": True}, {"quantize": "nf4"}, {"quantize_text": "int8"}])
 def test_rollouts_wait_on_the_cpu(call, device, flags):
     pipe, kept = common.load_pipeline(RunArgs.model, device, torch.float32), Rollouts(grpo.Args(**flags))
     tapes = [sde(pipe, call(guidance_scale=scale), [1, 2]) for scale in (1.0, 3.0)]
