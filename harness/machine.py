@@ -80,7 +80,7 @@ def offload(pipe, device):
 
 
 class Rollouts:
-    """A list of rollouts. With --offload, --quantize or --quantize-text they wait on the CPU, but for the last one asked."""
+    """A list of rollouts. With --offload, --quantize or --quantize-text all but the last asked for wait on the CPU."""
 
     def __init__(self, args):
         self.waiting, self.kept = args.offload or args.quantize or args.quantize_text, []
