@@ -23,7 +23,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import register_dataclass, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 import dynamics
 from harness.adapters import add_adapters
@@ -204,10 +204,6 @@ def rollout(
         if k - 1 in tape.steps and torch.equal(taken.x, tape.steps[k - 1].x_next):
             taken.x = tape.steps[k - 1].x_next  # one copy serves two steps
     return tape
-
-
-for kept_as_tensors in (Transition, Rollout):
-    register_dataclass(kept_as_tensors)
 
 
 class CannotReplay(NotImplementedError):

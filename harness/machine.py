@@ -5,9 +5,9 @@ import os
 import diffusers
 import torch
 import transformers
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import register_dataclass, tree_flatten, tree_unflatten
 
-from common import denoisers, load_pipeline, networks, trainable_parameters
+from common import Rollout, Transition, denoisers, load_pipeline, networks, trainable_parameters
 from harness.fields import refuse
 from harness.parallel import rank, world_size
 
@@ -93,6 +93,10 @@ class Rollouts:
         if i != self.last:
             self.last, self.rollout = i, self.kept[i]()
         return self.rollout
+
+
+register_dataclass(Transition)  # as trees of tensors
+register_dataclass(Rollout)
 
 
 def _left_on_cpu(rollout):
