@@ -1,5 +1,6 @@
 """What must hold before the first update of any algorithm here: terms for Run.contract, {what: (value, it holds)}."""
 
+from collections import defaultdict
 from dataclasses import replace
 
 import torch
@@ -72,16 +73,14 @@ def count_repeated_noise(rollouts, group_size, same_init_noise):
 
     With same_init_noise the start is shared on purpose and not looked at.
     """
-
-    def beginnings(of_calls):  # 64 numbers tell images apart
-        return torch.cat([noise.flatten(1)[:, :64].clone() for noise in of_calls]).float()
-
-    drawn = [] if same_init_noise else [beginnings(tape.noise for tape in rollouts)]
-    for k in rollouts[0].steps:
-        taken = (tape.steps[k] for tape in rollouts)
-        drawn.append(beginnings((step.x_next - step.mean) / step.std for step in taken))
-    repeated = 0
-    for groups in (noise.unflatten(0, (-1, group_size)) for noise in drawn):
+    drawn, repeated = defaultdict(list), 0
+    for tape in rollouts:
+        noises = {} if same_init_noise else {"start": tape.noise}
+        noises |= {k: (step.x_next - step.mean) / step.std for k, step in tape.steps.items()}
+        for when, noise in noises.items():
+            drawn[when].append(noise.flatten(1)[:, :64].clone())  # 64 numbers tell images apart
+    for noise in drawn.values():
+        groups = torch.cat(noise).float().unflatten(0, (-1, group_size))
         apart = torch.cdist(groups, groups, p=torch.inf)  # noise of two images differs by about 3
         apart.diagonal(dim1=1, dim2=2).fill_(torch.inf)
         repeated += int((apart.amin(dim=2) < 0.05).sum())
