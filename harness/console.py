@@ -1,5 +1,6 @@
 """What a script says and leaves unsaid on the console."""
 
+import logging
 import os
 from contextlib import contextmanager
 
@@ -24,6 +25,13 @@ def quiet():
         for library, level in zip(libraries, levels, strict=True):
             library.set_verbosity(level)
             library.enable_progress_bar()
+
+
+def warn_once():
+    """From now on diffusers says a thing once, and not again in every call of a pipeline."""
+    for handler in logging.getLogger("diffusers").handlers:
+        first = {}  # {message: the record that brought it}
+        handler.addFilter(lambda record, first=first: first.setdefault(record.getMessage(), record) is record)
 
 
 def progress(items, what):

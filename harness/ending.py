@@ -11,6 +11,7 @@ from contextlib import suppress
 import torch
 
 from common import CannotReplay
+from harness.console import warn_once
 from harness.fields import refuse, set_by
 from harness.machine import out_of_memory
 from harness.parallel import processes, rank
@@ -28,6 +29,7 @@ def start(main):
     """
     for number in SIGNALS:
         signal.signal(number, _interrupt)
+    warn_once()
     with processes():
         try:
             try:

@@ -484,7 +484,12 @@ def capped(recipe, args, turn):
     gpu, log, lines, result = torch.cuda.is_available(), Run.log, [], "works"
     if gpu:
         torch.cuda.set_per_process_memory_fraction((gib - CONTEXT) * 2**30 / torch.cuda.mem_get_info()[1])
-    Run.log = lambda run, *row: lines.append((time.perf_counter(), clock.spent["evaluation"])) or log(run, *row)
+
+    def logged(run, epoch, columns):
+        log(run, epoch, columns)
+        lines.append((time.perf_counter() - clock.spent["evaluation"], run.rows[-1]["images"]))
+
+    Run.log = logged
     clock.add(Run, "evaluate", "evaluation")
     with tempfile.TemporaryDirectory() as folder:
         prompts, group = Path(folder) / "prompts.txt", 2 if args.model == "wan" else 4
@@ -504,7 +509,7 @@ def capped(recipe, args, turn):
             result = f"{type(error).__name__}: {error}"[:300]
         log = Path(folder) / "run" / "log.txt"
         ratio = re.findall(r"max .log ratio. of the first call ([^ ,]+)", log.read_text() if log.exists() else "")
-    ms = [1e3 * (b[0] - a[0] - b[1] + a[1]) / (2 * group) for a, b in itertools.pairwise(lines)][-1:]
+    ms = [1e3 * (b[0] - a[0]) / (b[1] - a[1]) for a, b in itertools.pairwise(lines)][-1:]
     most = [torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30] if gpu else [0.0, 0.0]
     spent = clock.spent["evaluation"], time.perf_counter() - began
     row(recipe.stem, result, *(ms or ["-"]), *most, *(ratio or ["-"]), *spent)

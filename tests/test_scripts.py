@@ -1,6 +1,8 @@
 """The scripts as a user meets them: whole runs, the commands of the pages, what a run leaves and how it ends."""
 
 import importlib
+import io
+import logging
 import os
 import re
 import shlex
@@ -9,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from conftest import SMALL, read_csv
@@ -24,6 +27,14 @@ from harness import run as harness_run
 from harness.checkpoint import atomic_folder
 from harness.fields import to_yaml
 from harness.settings import HERE, EvalArgs, RunArgs
+
+
+def test_what_diffusers_warns_of_in_every_call_is_said_once(monkeypatch):
+    handler, said = logging.getLogger("diffusers").handlers[0], io.StringIO()
+    monkeypatch.setattr(handler, "stream", said)
+    logger = diffusers.logging.get_logger("diffusers.pipeline")
+    ending.start(lambda: [logger.warning(text) for text in ("ignored", "ignored", "also", "ignored")])
+    assert said.getvalue().split() == ["ignored", "also"]
 
 
 def test_a_run_from_the_shell(tmp_path, prompt_files):
