@@ -39,7 +39,7 @@ from harness.parallel import average_gradients, first_not_finite, gather_rows, l
 
 
 def load_pipeline(model, device, dtype, pipeline=None, **settings) -> DiffusionPipeline:
-    """Load a diffusers folder or hub id, frozen, on a device (None leaves it on the CPU) and in a dtype.
+    """Load a diffusers folder or hub id, frozen and in eval mode, on a device (None is the CPU) and in a dtype.
 
     Components that model_index.json holds as null are passed as None, the idiom by which SD3's T5 is left out.
     pipeline: the name of another class of diffusers over the same weights. settings: of `from_pretrained`.
@@ -129,7 +129,7 @@ class Transition:
 
 @dataclass
 class Rollout:
-    """What one call of the pipeline did; the unit of replay, because a network's output can depend on its batch."""
+    """The tape of one call of the pipeline; the unit of replay, because a network's output can depend on its batch."""
 
     images: torch.Tensor = None
     """(B, 3, H, W) in [0, 1]; videos (B, frames, 3, H, W)."""

@@ -163,7 +163,8 @@ def check_call(args, pipeline, takes):
     """Refuse arguments that the script sets, or that a pipeline, which takes {name: annotation}, does not take so."""
     steps = {args.train.num_inference_steps, args.eval.num_inference_steps}
     for key, value in args.call.items():
-        kind, near = takes.get(key, ""), difflib.get_close_matches(key, takes, n=1, cutoff=0)[0]
+        kind, near = takes.get(key, ""), difflib.get_close_matches(key, takes, n=1)
+        other = f"did you mean {near[0]}?" if near else f"help(diffusers.{pipeline}.__call__) has all"
         full = None if value is None else {"sigmas": 1, "timesteps": 1000}.get(key)
         levels = value if isinstance(value, list) and {type(n) for n in value} <= {int, float} else []
         falling = {len(levels)} == steps and all(a > b for a, b in itertools.pairwise([*levels, 0]))
@@ -172,7 +173,7 @@ def check_call(args, pipeline, takes):
         for holds, remedy in (
             (key not in SET_BY_THE_SCRIPT, "is set by the script; see --train and --eval for what can be changed"),
             (fits, f"must be numbers, as many as train and eval have steps, falling from near {full} to > 0"),
-            (key in takes, f"{pipeline} takes no such argument; did you mean {near}?"),
+            (key in takes, f"{pipeline} takes no such argument; {other}"),
             (writable, "takes a tensor or a function, which cannot be written down; leave it out"),
             (not isinstance(value, str) or re.search("str|Any|_empty", kind), f"{pipeline} takes {kind} there"),
         ):

@@ -165,6 +165,7 @@ REFUSALS = [
     ("--train.resolution 33", "train.resolution = 33", "multiples of 8"),
     ("--eval.resolution 32 4096", "eval.resolution = (32, 4096)", "at most"),
     ("--call max_sequence_lenght=1", "call = 'max_sequence_lenght=1'", "did you mean max_sequence_length?"),
+    ("--call foo=1", "takes no such argument", "help(diffusers.StableDiffusion3Pipeline.__call__) has all"),
     ("--call prompt_2=a", "call = 'prompt_2=a'", "set by the script"),
     ("--call prompt_embeds=3", "call = 'prompt_embeds=3'", "takes a tensor or a function"),
     ("--call callback_on_step_end=3", "call = 'callback_on_step_end=3'", "takes a tensor or a function"),
