@@ -262,7 +262,7 @@ class _Recorder:
             answer = next(self.ahead.answers[name]) if self.skipping else method(*args, **kwargs)
         finally:
             self.inside = False
-        self.tape.answers[name].append(tree_map_only(torch.Tensor, _once, answer))
+        self.tape.answers[name].append(tree_map_only(torch.Tensor, rows_once, answer))
         self.drawn = self.generator_state()
         return copy_nested(answer)
 
@@ -491,7 +491,7 @@ def _encode(encode, listener, *args, **kwargs):
     return answer
 
 
-def _once(tensor):
+def rows_once(tensor):
     """Equal rows, such as the embeddings of one prompt for its images, in the memory of one of them."""
     alike = tensor.ndim > 1 and len(tensor) > 1 and torch.equal(tensor, tensor[:1].expand_as(tensor))
     return tensor[:1].clone().expand_as(tensor) if alike else tensor

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch.utils._pytree import register_dataclass, tree_flatten, tree_unflatten
 
-from common import Rollout, Transition, denoisers, load_pipeline, networks, trainable_parameters
+from common import Rollout, Transition, denoisers, load_pipeline, networks, rows_once, trainable_parameters
 from harness.fields import refuse
 from harness.parallel import rank, world_size
 
@@ -102,9 +102,15 @@ register_dataclass(Rollout)
 def _left_on_cpu(rollout):
     """A function that gives the Rollout back, each tensor on its device again."""
     leaves, tree = tree_flatten(rollout)
-    on_gpu = {i: leaf.device for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.is_cuda}
-    leaves = [leaf.cpu() if i in on_gpu else leaf for i, leaf in enumerate(leaves)]
-    return lambda: tree_unflatten([leaf.to(on_gpu[i]) if i in on_gpu else leaf for i, leaf in enumerate(leaves)], tree)
+    names = [id(leaf) if isinstance(leaf, torch.Tensor) and not leaf.is_meta else None for leaf in leaves]
+    waiting = {name: (leaf.device, rows_once(leaf.cpu())) for name, leaf in zip(names, leaves, strict=True) if name}
+    leaves = [None if name else leaf for name, leaf in zip(names, leaves, strict=True)]
+
+    def back():
+        moved = {name: tensor.to(device) for name, (device, tensor) in waiting.items()}
+        return tree_unflatten([moved.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)], tree)
+
+    return back
 
 
 def out_of_memory(error, args):

@@ -191,11 +191,20 @@ def test_offloaded_networks_visit_and_leave(call, monkeypatch, device):
     assert guests == dict(transformer=False, text_encoder=True, text_encoder_2=True, vae=True)
 
 
+def memory(tape):
+    """Bytes that its tensors take."""
+    storages = [t.untyped_storage() for t in tree_leaves(tape) if isinstance(t, torch.Tensor) and not t.is_meta]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 @pytest.mark.parametrize("flags", [{}, {"offload": True}, {"quantize": "nf4"}, {"quantize_text": "int8"}])
-def test_rollouts_wait_on_the_cpu(call, device, flags):
+def test_rollouts_wait_on_the_cpu(call, device, flags, monkeypatch):
     pipe, kept = common.load_pipeline(RunArgs.model, device, torch.float32), Rollouts(grpo.Args(**flags))
-    tapes = [sde(pipe, call(guidance_scale=scale), [1, 2]) for scale in (1.0, 3.0)]
+    prompts = {"prompt": ["a red circle"] * 4}
+    tapes = [sde(pipe, call(guidance_scale=scale) | prompts, [1, 2]) for scale in (1.0, 3.0)]
+    full = lambda t: t.new_empty(t.shape, device="cpu").copy_(t)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "cpu", full)  # as from a GPU, equal rows and all
     for tape in tapes:
         kept.append(tape)
     assert len([*kept]) == 2 and all((kept[i] is tape) != bool(flags) for i, tape in enumerate(tapes))
@@ -206,6 +215,7 @@ def test_rollouts_wait_on_the_cpu(call, device, flags):
             if isinstance(left, torch.Tensor):
                 assert left.device == right.device and (left.is_meta or torch.equal(left, right))
         replayed(pipe, again)
+        assert memory(again) < 1.01 * memory(tape)
     if device == "cuda" and flags:
         inside = torch.cuda.memory_allocated()
         del tapes, tape, left, right
