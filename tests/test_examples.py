@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import itertools
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from test_checkpoint import assert_same_run
 from torch.nn.functional import logsigmoid
 
 import common
+import nft
 import rewards
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -229,6 +231,18 @@ def test_a_group_has_one_noise_and_a_pair_is_its_best_and_worst(monkeypatch, sta
         best.append(torch.stack([tape.x0[totals.argmax()], tape.x0[totals.argmin()]]))
         assert torch.allclose(again.x0, best[-1], atol=1e-4)  # the same images once more
     assert script is dgpo or all(any(torch.equal(x0, pair) for pair in best) for _, x0, _ in seen)
+
+
+@pytest.mark.parametrize("script", [nft, *SCRIPTS])
+def test_all_policies_see_the_same_latents(start, monkeypatch, script):  # W3
+    seen = []
+    monkeypatch.setattr(script, "first_step_contract", lambda *_: None)
+    monkeypatch.setattr(script, "replay", lambda *args: seen.append(args[1:]) or common.replay(*args))
+    start(script, "--train.max-epochs", 1, "--train.kl-beta", 0.1)
+    for _, replays in itertools.groupby(seen, lambda of: (id(of[0]), of[1])):  # of a rollout's step
+        latents = [x for _, _, x in replays]
+        assert len(latents) >= 3 and all(torch.equal(x, latents[0]) for x in latents)  # old, base and policy at least
+    assert seen
 
 
 def test_dpo_of_equal_rewards_learns_nothing(start, tmp_path):  # O3

@@ -6,13 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import read_csv
+from safetensors.torch import load_file
 from test_dynamics import SIGMAS, seeded
 from torch.distributions import Normal, kl_divergence
 
+import common
 import dynamics
 import grpo
 import grpo_guard
 import nft
+import rewards
 from grpo import TrainArgs, drawn_steps, group_advantages, grpo_loss, kl_loss, step_weights
 
 A = 0.7  # the noise level
@@ -168,6 +171,43 @@ def test_the_window_slides(named, count, interval):  # M4: l(i) = min(âŒŠi / 25â
 
 
 # The loops of the scripts
+
+
+def test_what_a_run_trains_on(start, monkeypatch):
+    """That of grpo_guard.py is the same but for the ratio: test_guard.py compares the two."""
+    tapes, losses, kinds, places, plain, snapshot = [], [], [], [], common.rollout, common.Snapshot
+    monkeypatch.setattr(common, "rollout", lambda *args, **named: tapes.append(plain(*args, **named)) or tapes[-1])
+    monkeypatch.setattr(common, "Snapshot", lambda *args: places.append(args[1]) or snapshot(*args))
+    monkeypatch.setattr(grpo, "grpo_loss", lambda *args: losses.append(args) or grpo_loss(*args))
+    monkeypatch.setattr(grpo, "kl_loss", lambda *args: kinds.append(args[0]) or kl_loss(*args))
+    options = "--train.dynamics-type Dance-SDE --train.noise-level 0.3 --train.same-init-noise --train.global-std"
+    options += " --train.clip-range 1e-3 --train.adv-clip-range 3 --train.kl-beta 100 --train.kl-type x-based"
+    options += " --train.ref-param-device cpu --train.ema-decay 0.9 --train.ema-update-interval 1 --train.max-epochs 1"
+    folder = start(grpo, *options.split())
+
+    assert [(tape.dynamics_type, tape.noise_level) for tape in tapes] == [("Dance-SDE", 0.3)] * 2
+    assert all(torch.equal(tape.noise, tape.noise[:1].expand_as(tape.noise)) for tape in tapes)
+    assert set(kinds) == {"x-based"} and places == ["cpu"] and len(losses) == 2 * 3  # calls x trained steps
+    reward = rewards.make_reward({"jpeg_compressibility": 1.0}, "cpu")
+    totals = torch.cat([reward(tape.images, tape.call["prompt"])["total"] for tape in tapes])
+    advantages = group_advantages(totals, 4, True).split(4)
+    for _, old, given, *clips in losses:
+        (i,) = (i for i, tape in enumerate(tapes) if any(step.log_prob is old for step in tape.steps.values()))
+        assert torch.equal(given, advantages[i]) and clips == [1e-3, 3]
+    row = read_csv(folder / "metrics.csv")[1]
+    loss, policy_loss, penalty = (float(row[f"train/{name}"]) for name in ("loss", "policy_loss", "kl_penalty"))
+    assert loss - policy_loss == pytest.approx(100 * penalty, rel=1e-3) and penalty > 0
+
+
+def test_the_average_is_evaluated_and_left(start):
+    folder = start(grpo, "--train.max-epochs", 1, "--train.ema-decay", 0.9, "--train.ema-update-interval", 1)
+    (saved,) = folder.glob("checkpoints/epoch_0001*/*.safetensors")
+    saved, lora, changed = load_file(saved), load_file(folder / "lora/pytorch_lora_weights.safetensors"), 0
+    for name, tensor in lora.items():
+        policy, average = (saved[f"{of}/{name.replace('.weight', '.default.weight')}"] for of in ("parameters", "ema"))
+        assert torch.equal(tensor, average)
+        changed += not torch.equal(tensor, policy)
+    assert changed
 
 
 @pytest.mark.parametrize("options", ["--train.gradient-step-per-epoch 1", "--train.train-steps 1"])

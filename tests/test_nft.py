@@ -230,6 +230,7 @@ class Watched(Snapshot):
 
     def __init__(self, *args):
         super().__init__(*args)
+        self.place = args[1] if len(args) > 1 else None
         self.first, self.updates = [value.clone() for value in self.values], []
         Watched.made.append(self)
 
@@ -247,7 +248,7 @@ class Watched(Snapshot):
 
 
 OLD_POLICIES = [
-    ("--train.old-decay-max 0.7", [0.4, 0.7, 0.7]),
+    ("--train.old-decay-max 0.7 --train.ref-param-device cpu", [0.4, 0.7, 0.7]),
     ("--train.old-decay-start 3 --train.old-decay-max 0.5 --finetune-type full", [0, 0.2, 0.5]),
     ("--train.no-off-policy", [0, 0, 0]),
 ]
@@ -278,6 +279,7 @@ def test_parameter_sets_of_a_run(run, monkeypatch, options, decays):  # N7; load
         return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
     old, reference = Watched.made[:2]
+    assert old.place == reference.place == ("cpu" if "cpu" in options else None)
     assert samplers == 6 * [old]  # epochs x calls
     # in each of epochs x calls x timesteps: old and base without a gradient, the policy with one
     assert forwards[-36:] == 12 * [(old, False), (reference, False), (None, True)]

@@ -26,6 +26,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 RUN = [
     *("--train.unique-sample-num-per-epoch", "4", "--train.group-size", "2", "--train.per-device-batch-size", "1"),
     *("--train.num-inference-steps", "3", "--train.kl-beta", "0.04", "--train.max-grad-norm", "1e-3"),
+    *("--train.num-train-steps", "1", "--train.seed", "3"),  # which draws other steps than 4 in each epoch
     *("--train.ema-update-interval", "1", "--train.global-std", "--reward", f"{MINE}:smooth=1", f"{MINE}:other=0.5"),
     *("--eval.images-per-prompt", "3", "--eval.per-device-batch-size", "2"),
 ]
