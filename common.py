@@ -199,7 +199,8 @@ def rollout(
     with torch.no_grad(), autocast(pipe), _taped(pipe, recorder), remembering(pipe, texts), in_pipeline_call():
         tape.images = pipe(**copy_nested(call))[0]
     if missing := set(sde_steps) - set(tape.steps):
-        raise CannotReplay(f"step {max(missing)} is beyond the last: this call takes {recorder.k} steps, from 0")
+        said = f"step {max(missing)} is beyond the last: this call takes {recorder.k} steps, from 0"
+        raise CannotReplay(f"{said}; train.train_steps can name others")
     for k, taken in tape.steps.items():
         if k - 1 in tape.steps and torch.equal(taken.x, tape.steps[k - 1].x_next):
             taken.x = tape.steps[k - 1].x_next  # one copy serves two steps

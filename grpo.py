@@ -80,7 +80,8 @@ class TrainArgs(settings.TrainArgs):
     """Noise-aware weights step k by std_k over the mean std of the candidates (TempFlow-GRPO, eq. 8)."""
     kl_type: Literal["v-based", "x-based", "exact"] = "v-based"
     """The penalty: mean (v − v_ref)², mean (mean − mean_ref)² or Flow-GRPO's own, the KL of the two Gaussians per
-    dimension, mean (mean − mean_ref)² / 2 std². In Flow-SDE the second is (h (1 + a²/2))² times the first."""
+    dimension, mean (mean − mean_ref)² / 2 std². In Flow-SDE the second is (h (1 + a²/2))² times the first
+    (h² times in the first step)."""
     kl_beta: NotNegative = 2e-3
     """Weight of the KL penalty; 0 keeps no copy of the base model. On SD3.5's schedule 0.002 of the v-based penalty is
     on average as strong as 0.009 of the exact one, and as the 0.04 of Flow-GRPO's code, which lacks a factor h."""

@@ -9,8 +9,8 @@ New here is what is marked so. A step is x' = μ_old + τ ε. With Δμ = μ −
 ε·Δμ/τ − |Δμ|²/2τ²: its mean, −|Δμ|²/2τ², is negative and different from step to step, so clipping bites on one side.
     RatioNorm     log r = τ (log-prob difference + mean Δμ² / 2τ²) = mean(ε Δμ) has mean 0, a spread without τ in it,
                   and is linear in μ. It is computed as mean(ε Δμ): the difference of log-probs loses it in rounding.
-    Reweighting   its gradient still contains |∂μ/∂v| = h (1 + a²/2), so the loss of a step is divided by h.
-Only for Flow-SDE: CPS's log-prob has no variance in it, and this formula would be wrong.
+    Reweighting   its gradient still contains |∂μ/∂v| = h (1 + a²/2), in the first step h, so a step's loss is divided
+                  by h. Under Dance-SDE and CPS |∂μ/∂v| / h differs from step to step: hence Flow-SDE only.
 
 Where papers and released codes differ, this file does the following. A log-probability is, as in all released codes,
 the mean over the latent dimensions and not the sum: that is what makes clip ranges as small as 1e-4 sensible. The
@@ -83,7 +83,8 @@ class TrainArgs(settings.TrainArgs):
     """Divide the loss of a step by its length h."""
     kl_type: Literal["v-based", "x-based", "exact"] = "v-based"
     """The penalty: mean (v − v_ref)², mean (mean − mean_ref)² or Flow-GRPO's own, the KL of the two Gaussians per
-    dimension, mean (mean − mean_ref)² / 2 std². In Flow-SDE the second is (h (1 + a²/2))² times the first."""
+    dimension, mean (mean − mean_ref)² / 2 std². In Flow-SDE the second is (h (1 + a²/2))² times the first
+    (h² times in the first step)."""
     kl_beta: NotNegative = 0.0  # new in GRPO-Guard
     """Weight of the KL penalty; 0 keeps no copy of the base model. The policy loss is divided by h and the KL is not,
     so that about 1 / h times the kl_beta of grpo.py weighs the same."""
@@ -137,7 +138,7 @@ def guard_log_ratio(x_next, old_mean, mean, std):  # new in GRPO-Guard
 
     x_next, old_mean, mean: (B, ...); std: a scalar, (B,) or (B, 1, ...). Returns (B,), with the gradient to mean.
     """
-    std = torch.as_tensor(std, device=mean.device).reshape(-1, *[1] * (mean.ndim - 1))
+    std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device).reshape(-1, *[1] * (mean.ndim - 1))
     epsilon = (x_next.to(mean.dtype) - old_mean) / std
     return (epsilon * (mean - old_mean)).flatten(1).mean(dim=1)
 

@@ -57,8 +57,9 @@ def start(main):
 
 
 def _refuse_call(error, run):
-    """Refuse what a pipeline was called with, if it was given more than the model's own or says it cannot do it."""
-    given = run.args.call and not set_by.get("call", "").endswith("defaults.yaml")
+    """Refuse what a pipeline was called with, if it is not the model's own, or it says that it cannot do it."""
+    key = "pipeline" if run.args.pipeline else "call"
+    given = getattr(run.args, key) and not set_by.get(key, "").endswith("defaults.yaml")
     if not (given or isinstance(error, (ValueError, NameError))):
         return
     path = run.folder / "log.txt"
@@ -67,7 +68,7 @@ def _refuse_call(error, run):
     said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
     package = f" (pip install {error.name} may do)" if isinstance(error, NameError) else ""
     what = textwrap.shorten(f"{type(error).__name__}: {said}", 500)
-    refuse("call", run.args.call, f"the pipeline fails on what it is given: {what}{package} (in full: {path})")
+    refuse(key, getattr(run.args, key), f"the pipeline fails on what it is given: {what}{package} (in full: {path})")
 
 
 def _interrupt(number, frame):
