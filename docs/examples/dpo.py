@@ -11,8 +11,9 @@ pairs anew in each epoch, as here, and draw σ from a logit-normal; here it is a
 replay runs at the schedule's noise levels alone. The reference is the base model, as in the paper: the larger β is, the
 nearer the policy stays to it. With --train.dpo-reference old it is the policy at the start of the epoch, and nothing
 but kl_beta holds what many epochs do. e is a mean over the latent dimensions, so β goes with their square root: 2000 is
-for 65,536. One thing is this file's own: the pairs have calls of their own, sampled once more for their tapes, which
-costs 2 / group_size of the sampling; of training it leaves as much.
+for 65,536. Two things are this file's own: the pairs have calls of their own, sampled once more for their tapes, which
+costs 2 / group_size of the sampling and leaves as much of training; and an update takes the mean over the pairs of each
+call, then over calls, so that in a call with few pairs each weighs more.
 
     cp docs/examples/dpo.py . && python dpo.py
     diff nft.py dpo.py
