@@ -81,7 +81,6 @@ def test_the_same_command_twice_and_by_its_own_arguments(run):
 @pytest.mark.parametrize(
     "options",
     [
-        "--train.dynamics-type Dance-SDE --train.noise-level 0.3 --train.same-init-noise",
         "--train.dynamics-type CPS --train.noise-level 0.8 --train.kl-beta 0.1 --train.kl-type x-based",
         "--finetune-type full --train.kl-beta 0.04 --train.ref-param-device cpu --train.ema-decay 0.9",
         "--train.train-steps 1 2 3 --train.num-train-steps 1 --train.loss-weighting noise-aware",
