@@ -58,11 +58,11 @@ def start(main):
 
 def _refuse_call(error, run):
     """Refuse what a pipeline was called with, if it is not the model's own, or it says that it cannot do it."""
-    given = {"call": run.args.call, "pipeline": run.args.pipeline}
-    given = [key for key, value in given.items() if value and not set_by.get(key, "").endswith("defaults.yaml")]
+    sources = {key: set_by.get(key, "") for key in ("call", "pipeline") if getattr(run.args, key)}
+    given = [key for key, source in sources.items() if not source.endswith("defaults.yaml")]
     if not (given or isinstance(error, (ValueError, NameError))):
         return
-    key = given[0] if given else "call"
+    key = (given or ["call"])[0]
     path = run.folder / "log.txt"
     with suppress(OSError), open(path, "a") as log:
         traceback.print_exception(error, file=log)

@@ -110,6 +110,18 @@ def start(tmp_path, monkeypatch, prompt_files):
     return call
 
 
+def record(monkeypatch, change=lambda tape: tape):
+    """The list that the rollouts of runs' epochs will be in; `change` makes another of each."""
+    tapes, plain = [], common.rollout
+    monkeypatch.setattr(common, "rollout", lambda *a, **named: tapes.append(change(plain(*a, **named))) or tapes[-1])
+    return tapes
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    return record(monkeypatch)
+
+
 @pytest.fixture
 def ends(capsys):
     """The message with which a function refuses, with status 2."""

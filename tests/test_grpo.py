@@ -173,10 +173,9 @@ def test_the_window_slides(named, count, interval):  # M4: l(i) = min(âŒŠi / 25â
 # The loops of the scripts
 
 
-def test_what_a_run_trains_on(start, monkeypatch):
+def test_what_a_run_trains_on(start, monkeypatch, tapes):
     """That of grpo_guard.py is the same but for the ratio: test_guard.py compares the two."""
-    tapes, losses, kinds, places, plain, snapshot = [], [], [], [], common.rollout, common.Snapshot
-    monkeypatch.setattr(common, "rollout", lambda *args, **named: tapes.append(plain(*args, **named)) or tapes[-1])
+    losses, kinds, places, snapshot = [], [], [], common.Snapshot
     monkeypatch.setattr(common, "Snapshot", lambda *args: places.append(args[1]) or snapshot(*args))
     monkeypatch.setattr(grpo, "grpo_loss", lambda *args: losses.append(args) or grpo_loss(*args))
     monkeypatch.setattr(grpo, "kl_loss", lambda *args: kinds.append(args[0]) or kl_loss(*args))

@@ -12,7 +12,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from test_dynamics import SIGMAS
 from test_grpo import FACTOR, A, two_policies
 
-import common
 import grpo
 import grpo_guard
 import rewards
@@ -206,12 +205,11 @@ def test_one_update_is_on_policy_and_its_loss_divided_by_the_step_length(run):  
     assert norms[0] * h == pytest.approx(norms[1], rel=1e-4) and policy_losses[0] == policy_losses[1]
 
 
-def test_what_a_run_trains_on(run, monkeypatch):
-    ratios, losses, tapes, plain = [], [], [], common.rollout
+def test_what_a_run_trains_on(run, monkeypatch, tapes):
+    ratios, losses = [], []
     for name, seen in (("guard_log_ratio", ratios), ("grpo_loss", losses)):
         shipped = getattr(grpo_guard, name)
         monkeypatch.setattr(grpo_guard, name, lambda *args, f=shipped, seen=seen: seen.append(args) or f(*args))
-    monkeypatch.setattr(common, "rollout", lambda *args, **named: tapes.append(plain(*args, **named)) or tapes[-1])
     (_, row) = run("--train.max-epochs", 1, "--train.clip-range", 1e-3, "--train.adv-clip-range", 3)
     reward = rewards.make_reward({"jpeg_compressibility": 1.0}, "cpu")
     totals = torch.cat([reward(tape.images, tape.call["prompt"])["total"] for tape in tapes])

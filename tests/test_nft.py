@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import read_csv
+from conftest import read_csv, record
 from test_dynamics import randn
 
 import common
@@ -209,15 +209,8 @@ def run(start):
     return lambda *argv, name="run": read_csv(start(nft, *STEPS, *argv, name=name) / "metrics.csv")
 
 
-def record(monkeypatch, change=lambda tape: tape):
-    """The list that the rollouts of runs will be in; `change` makes another of each."""
-    tapes, plain = [], common.rollout
-    monkeypatch.setattr(common, "rollout", lambda *a, **named: tapes.append(change(plain(*a, **named))) or tapes[-1])
-    return tapes
-
-
-def test_the_solver_is_that_of_the_rollouts(run, monkeypatch):
-    tapes, few = record(monkeypatch), ["--train.max-epochs", 1, "--train.num-inference-steps", 6]
+def test_the_solver_is_that_of_the_rollouts(run, tapes):
+    few = ["--train.max-epochs", 1, "--train.num-inference-steps", 6]
     euler, solver = (run(*few, "--train.solver", name, name=name[:3])[1] for name in dynamics.SOLVERS)
     assert [tape.tail_steps for tape in tapes] == [None, None, 6, 6]
     assert euler["train/contrast"] != solver["train/contrast"]
@@ -306,8 +299,8 @@ def test_a_run_depends_on_the_final_latents_alone(run, monkeypatch):  # N8
 
 
 @pytest.mark.parametrize("option", ["", "--train.no-negative-term"])
-def test_what_a_run_trains_on(run, monkeypatch, option):
-    seen, tapes = [], record(monkeypatch)
+def test_what_a_run_trains_on(run, monkeypatch, tapes, option):
+    seen = []
     monkeypatch.setattr(nft, "nft_loss", lambda *args: seen.append(args) or nft_loss(*args))
     few = "--train.max-epochs 1 --train.gradient-step-per-epoch 1 --train.num-inner-epochs 2 --train.train-steps 1 2"
     loss = "--train.nft-beta 0.5 --train.adv-clip-range 3 --train.no-self-normalised"

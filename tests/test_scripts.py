@@ -100,14 +100,6 @@ def test_options(run, options):
     assert (float(rows[1].get("train/kl", 0)) > 0) == ("kl-beta" in options)  # to the base model
 
 
-@pytest.fixture
-def tapes(monkeypatch):
-    """The rollouts of a run's epochs."""
-    plain, found = common.rollout, []
-    monkeypatch.setattr(common, "rollout", lambda *args, **known: found.append(plain(*args, **known)) or found[-1])
-    return found
-
-
 @pytest.mark.parametrize(
     "options, calls, plan",
     [
