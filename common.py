@@ -620,8 +620,8 @@ def epoch_calls(pipe, args, rows, epoch, same_init_noise=False):
 
 
 def candidate_steps(train):
-    """Indices of the steps that may be trained: train_steps, or all but the last."""
-    return list(range(train.num_inference_steps - 1)) if train.train_steps is None else train.train_steps
+    """Indices of the steps that may be trained, in order: train_steps, or all but the last."""
+    return list(range(train.num_inference_steps - 1)) if train.train_steps is None else sorted(train.train_steps)
 
 
 def minibatches(train, epoch):

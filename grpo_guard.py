@@ -111,7 +111,7 @@ def check(args):
     if train.shift_interval is not None and train.num_train_steps is None:
         remedy = "moves a window of train.num_train_steps steps, which is None; set that too (MixGRPO has 4)"
         refuse("train.shift_interval", train.shift_interval, remedy)
-    earliest = last - 1 if train.sde_steps == "all" else sorted(steps)[(train.num_train_steps or len(steps)) - 1]
+    earliest = last - 1 if train.sde_steps == "all" else steps[(train.num_train_steps or len(steps)) - 1]
     if train.tail_steps is not None and not 1 <= train.tail_steps <= last - earliest:
         remedy = f"the last stochastic step is {earliest} or later, and after it come at most {last - earliest} steps"
         refuse("train.tail_steps", train.tail_steps, f"{remedy}; take 1 to that many, or None")
@@ -119,10 +119,10 @@ def check(args):
 
 def drawn_steps(train, epoch):
     """The trained steps of an epoch (from 1), decided by (seed, epoch) alone."""
-    candidates, rng = sorted(common.candidate_steps(train)), np.random.default_rng([train.seed, epoch])
+    candidates, rng = common.candidate_steps(train), np.random.default_rng([train.seed, epoch])
     count = train.num_train_steps or len(candidates)
     if train.shift_interval is None:
-        return sorted(rng.choice(common.candidate_steps(train), count, replace=False).tolist())
+        return sorted(rng.choice(candidates, count, replace=False).tolist())
     last = len(candidates) - count
     start = min((epoch - 1) // train.shift_interval, last) if train.shift_interval else rng.integers(last + 1)
     return candidates[start : start + count]

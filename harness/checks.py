@@ -48,7 +48,7 @@ def require(holds, args, key, remedy):
 
 def check_steps(args):
     """Refuse candidates and numbers of trained steps that the schedule does not have."""
-    train, steps, last = args.train, sorted(candidate_steps(args.train)), args.train.num_inference_steps - 1
+    train, steps, last = args.train, candidate_steps(args.train), args.train.num_inference_steps - 1
     remedy = f"with train.num_inference_steps = {last + 1} needs different indices from 0 to {last}; None: all below"
     require(steps and steps == sorted({*steps} & {*range(last + 1)}), args, "train.train_steps", remedy)
     remedy = f"must be 1 to {len(steps)}, or None: train.train_steps has the candidates {steps}"
