@@ -151,9 +151,10 @@ def test_noise_aware_gradient_scale():  # T4: d loss / d v is h (1 + a²/2) ε, 
 def test_drawn_steps(shift_interval, possible):  # 0: a window at a place drawn anew
     (count,) = {len(steps) for steps in possible}
     train = TrainArgs(train_steps=[2, 7, 0], num_train_steps=count, shift_interval=shift_interval)
-    drawn, again, other = ([drawn_steps(t, e) for e in range(1, 60)] for t in (train, train, replace(train, seed=1)))
+    trains = train, replace(train, train_steps=[0, 2, 7]), replace(train, seed=1)
+    drawn, again, other = ([drawn_steps(each, epoch) for epoch in range(1, 60)] for each in trains)
     assert {tuple(steps) for steps in drawn} == possible
-    assert again == drawn != other  # from (seed, epoch) alone
+    assert again == drawn != other  # from (seed, epoch) and which candidates there are
     assert shift_interval is not None or drawn == [nft.drawn_steps(train, epoch) for epoch in range(1, 60)]
     assert drawn_steps(TrainArgs(), 1) == nft.drawn_steps(nft.TrainArgs(), 1) == list(range(9))
 
