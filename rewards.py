@@ -112,18 +112,18 @@ def check_rewards(weights, prompts=(), options=None, rows=None):
             raise ValueError(f"--reward-options {key}={value}: {reason}")
 
 
-def check_untrusted(weights, options, source):
-    """Raise ValueError unless source, a stranger's, may ask for these rewards and options. Runs and loads nothing.
+def check_untrusted(weights, options):
+    """Raise ValueError unless a stranger's file may ask for these rewards and options. Runs and loads nothing.
 
     It may name what is in REWARDS and gives no image away, and set numbers, true or false, and choices: no code, path
     or hub id, address, device or name of an environment variable.
     """
     for name in weights:
         if name not in REWARDS or name in SENDS_IMAGES:
-            raise ValueError(f"{source} may not ask for the reward {name!r}, which is code or sends images away")
+            raise ValueError(f"a model folder may not ask for the reward {name!r}, which is code or sends images away")
     for key, value in options.items():
         if _wrong_option(REWARDS, str(key), value, kinds=(int, float, bool, Literal)):
-            raise ValueError(f"{source} may set numbers, true or false and choices of rewards, not {key}={value}")
+            raise ValueError(f"a model folder may set numbers, true or false and choices of rewards, not {key}={value}")
 
 
 def _wrong_option(weights, key, value, kinds=None):

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import os
-import sys
 from pathlib import Path
 from typing import get_args
 
@@ -45,7 +44,7 @@ def parse_args(Args, description, argv=None):
     _lay_over(args, {key: value for key, value in typed.items() if value != before[key]}, "you")
     fields.validated(kinds, flatten(args))  # what no layer has set is a copied script's own
     if given.resume:
-        _check_resumed(args, run, recorded, kinds, sys.argv if argv is None else argv)
+        _check_resumed(args, run, recorded, kinds)
         return args, said
     settings = flatten(args)
     if by_model := [*set_by.values()].count(str(defaults)):
@@ -116,7 +115,7 @@ def _check_model_settings(args, path):
             refuse(key, flatten(args)[key], f"cannot be set by a model folder ({path}); say it yourself")
     asked = args.reward | args.eval.reward
     with refusing("reward", asked):
-        rewards.check_untrusted(asked, args.reward_options, f"a model folder ({path})")
+        rewards.check_untrusted(asked, args.reward_options)
     for section in (args, args.eval):
         if section.prompts:
             section.prompts = os.path.relpath(path.parent / section.prompts)
@@ -133,11 +132,8 @@ def began_with(run):
     return began
 
 
-def _check_resumed(args, run, recorded, kinds, words):
-    """Refuse what would change a resumed run; name it as it was begun, from the folder that it was begun in.
-
-    A copy of a run may be a stranger's: what a stranger may not bring has to be among the words of the command line.
-    """
+def _check_resumed(args, run, recorded, kinds):
+    """Refuse what would change a resumed run; name it as it was begun, from the folder that it was begun in."""
     for key, value in flatten(args).items():
         absolute = os.path.realpath(value) if value and key.endswith(("prompts", "model")) else value  # as recorded
         if recorded[key] not in (value, absolute) and MAY_CHANGE not in get_args(kinds[key]):
@@ -145,14 +141,10 @@ def _check_resumed(args, run, recorded, kinds, words):
     if args.run_name not in (None, run.name):
         refuse("run_name", args.run_name, f"--resume continues {run} under its own name; leave it out")
     args.model, args.prompts, args.eval.prompts = (recorded[key] for key in ("model", "prompts", "eval.prompts"))
-    began, asked = began_with(run), (args.reward | args.eval.reward, args.reward_options)
-    if began.get("inode") != os.stat(run).st_ino:
-        unnamed = [{k: v for k, v in all.items() if not any(f"={k}=" in f"={word}" for word in words)} for all in asked]
-        with refusing("--resume", str(run)):
-            rewards.check_untrusted(*unnamed, "a copy of a run, unless you type that too,")
-    elif began["folder"] != os.getcwd() and os.path.isdir(began["folder"]):  # from there a user named reward files
+    began = str(began_with(run)["folder"])
+    if began != os.getcwd() and os.path.isdir(began):  # from there a user named reward files
         run = Path(os.path.abspath(run))
-        os.chdir(began["folder"])
+        os.chdir(began)
     args.resume, args.output_dir, args.run_name = str(run), str(run.parent), run.name
 
 

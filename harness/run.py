@@ -67,7 +67,7 @@ class Run:
             self._lock()
             if not args.resume:
                 with atomic_file(self.folder / "environment.yaml") as file:
-                    file.write(to_yaml(now | {"inode": os.stat(self.folder).st_ino}))
+                    file.write(to_yaml(now))
                 (self.folder / "images").mkdir(exist_ok=True)
                 shutil.copy(script, self.folder)
             began = began_with(self.folder)

@@ -140,14 +140,14 @@ def test_a_function_that_changes_the_directory_leaves_the_run_in_its_own(own, tm
 def test_a_stranger_may_ask_for_what_is_built_in_and_set_numbers_and_choices():
     options = {"pickscore.divide_by": 26, "pickscore.dtype": "bfloat16", "pickscore.batch_size": 8}
     options |= {"geneval.strict": True, "geneval.threshold": 0.5}
-    check_untrusted({"shapes": 1.0, "pickscore": 0.1, "geneval": 1, "ocr": 1}, options, "it")
+    check_untrusted({"shapes": 1.0, "pickscore": 0.1, "geneval": 1, "ocr": 1}, options)
 
 
 def test_a_stranger_may_not_have_code_run_or_images_sent(own):
     name = own("raise SystemExit('it ran')\n")
     for reward in (name, "some-model/readme.py:f", "vlm", "no_such_reward", 3):
         with pytest.raises(ValueError, match=re.escape(f"may not ask for the reward {reward!r}")):
-            check_untrusted({"shapes": 1.0, reward: 1.0}, {}, "it")
+            check_untrusted({"shapes": 1.0, reward: 1.0}, {})
     assert name.partition(":")[0] not in str(sys.modules)
 
 
@@ -163,7 +163,7 @@ def test_a_stranger_may_not_have_code_run_or_images_sent(own):
 )
 def test_a_stranger_sets_no_path_address_device_or_text(key, value):
     with pytest.raises(ValueError, match=re.escape(f"not {key}={value}")):
-        check_untrusted({"shapes": 1.0}, {key: value}, "it")
+        check_untrusted({"shapes": 1.0}, {key: value})
 
 
 # Options and checks
