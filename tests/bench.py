@@ -191,6 +191,7 @@ class Workload:
     """A model with what trains it, and one call of its pipeline as an epoch."""
 
     def __init__(self, args, device):
+        assert args.model not in ("qwen", "wan"), "of qwen and wan there are --mode build and caps"
         small, self.tokens = args.model == "shapes", {"shapes": 1, "sd35": 128, "flux": 512}[args.model]
         torch.manual_seed(0)
         torch.set_default_dtype(torch.float32 if small else torch.bfloat16)
@@ -460,6 +461,7 @@ def caps(args):
     """Two epochs of `grpo.py` by each recipe whose name says how many GiB are enough, in a process with so many."""
     found = (settings.HERE / "docs" / "recipes").glob(f"{args.model}-{args.recipes}gib.yaml")
     found = sorted(found, key=lambda path: [int(number) for number in re.findall(r"\d+", path.stem)])
+    assert found, f"no recipe is named {args.model}-{args.recipes}gib.yaml"
     spawn = multiprocessing.get_context("spawn")
     turns = [spawn.Event() for _ in found]
     runs = [spawn.Process(target=capped, args=(recipe, args, turn)) for recipe, turn in zip(found, turns, strict=True)]
