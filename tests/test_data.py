@@ -137,9 +137,12 @@ def test_saved_adapters_are_begun_with(adapters, dtype, saved):
 def test_a_configuration_names_no_module_to_import(adapters):
     folder, _ = adapters
     path = folder / "peft" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"megatron_config": {}, "megatron_core": "antigravity"}))
+    others = {"megatron_config": {}, "megatron_core": "antigravity", "use_rslora": True, "alpha_pattern": {"to_q": 8}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | others))
     pipe, _ = begun(folder / "peft")
     assert pipe.transformer.peft_config["default"].megatron_core == "megatron.core"
+    attention = pipe.transformer.transformer_blocks[0].attn  # what is taken: alpha / the root of the rank, 4
+    assert (attention.to_q.scaling["default"], attention.to_k.scaling["default"]) == (8 / 2, 64 / 2)
 
 
 @pytest.mark.parametrize(

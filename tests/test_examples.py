@@ -13,6 +13,7 @@ import torch
 from conftest import SMALL, read_csv
 from safetensors.torch import load_file
 from test_checkpoint import assert_same_run
+from test_nft import Watched
 from torch.nn.functional import logsigmoid
 
 import common
@@ -243,6 +244,91 @@ def test_all_policies_see_the_same_latents(start, monkeypatch, script):  # W3
         latents = [x for _, _, x in replays]
         assert len(latents) >= 3 and all(torch.equal(x, latents[0]) for x in latents)  # old, base and policy at least
     assert seen
+
+
+@pytest.mark.parametrize("script", [nft, *SCRIPTS])
+def test_another_old_policy_breaks_the_contract(start, monkeypatch, script):
+    count = itertools.count()
+    monkeypatch.setattr(script, "replay", lambda *args: (common.replay(*args)[0] + next(count), None))
+    with pytest.raises(SystemExit, match="contract is broken: max .v - v_old. of the first call is "):
+        start(script)
+
+
+@pytest.fixture
+def watched(start, monkeypatch):
+    """watched(script, *argv): run folder, [arguments of the loss], {id: (the loaded set, velocity)}, [seeds of x_t]."""
+
+    def call(script, *argv):
+        given, velocities, seeds, name = [], {}, [], f"{script.__name__}_loss"
+        loss, noised = getattr(script, name), script.noised
+
+        def replay(*args):
+            velocity, step = common.replay(*args)
+            velocities[id(velocity)] = Watched.loaded_now, velocity
+            return velocity, step
+
+        monkeypatch.setattr(Watched, "made", [])
+        for module in (script, common):
+            monkeypatch.setattr(module, "Snapshot", Watched)
+        monkeypatch.setattr(script, "first_step_contract", lambda *_: None)
+        monkeypatch.setattr(script, "replay", replay)
+        monkeypatch.setattr(script, name, lambda *args: given.append(args) or loss(*args))
+        monkeypatch.setattr(script, "noised", lambda *a: seeds.append([g.initial_seed() for g in a[2]]) or noised(*a))
+        folder = start(script, "--train.train-steps", 1, 2, "--train.num-train-steps", None, *argv)
+        return folder, given, velocities, seeds
+
+    return call
+
+
+def assert_trails(snapshot, decays):
+    expected = snapshot.first
+    for decay, (policy, trailing) in zip(decays, snapshot.updates, strict=True):
+        expected = [decay * a + (1 - decay) * b for a, b in zip(expected, policy, strict=True)]
+        torch.testing.assert_close(trailing, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_awm_samples_by_the_policy_and_is_held_by_an_average(watched, tapes):
+    loss = "--train.clip-range 1e-3 --train.adv-clip-range 3 --train.weighting huber --train.ghuber-power 0.5"
+    held = "--train.old-decay-slope 0.2 --train.old-decay-max 0.7 --train.kl-beta 0.1 --train.ema-beta 3"
+    folder, given, velocities, seeds = watched(awm, *loss.split(), *held.split())
+    old, average, reference = Watched.made
+    assert [of for of, _ in velocities.values()] == [old, reference, None, average] * 8
+    assert_trails(old, [0, 0])
+    assert_trails(average, [0.4, 0.7])
+    for row in read_csv(folder / "metrics.csv")[1:]:
+        names = ("loss", "policy_loss", "v_ref_distance", "v_average_distance")
+        loss, policy_loss, *penalties = (float(row[f"train/{name}"]) for name in names)
+        assert loss - policy_loss == pytest.approx(0.1 * penalties[0] + 3 * penalties[1], rel=1e-3) and all(penalties)
+    reward = rewards.make_reward({"jpeg_compressibility": 1.0}, "cpu")
+    for first in (0, 2):
+        totals = torch.cat([reward(tape.images, tape.rows)["total"] for tape in tapes[first : first + 2]])
+        advantages = common.group_advantages(totals, 4, True).split(4)
+        for v, v_old, _, x0, _, a, *rest in given[2 * first : 2 * first + 4]:
+            (i,) = (i for i in (0, 1) if tapes[first + i].x0 is x0)
+            assert torch.equal(a, advantages[i]) and rest == [1e-3, 3.0, "huber", 0.5]
+            assert velocities[id(v)][0] is None and velocities[id(v_old)][0] is old
+    assert len({*sum(seeds, [])}) == 8 * 4  # each image has noise of its own, in each update and timestep
+
+
+@pytest.mark.parametrize("reference", ["base", "old"])
+@pytest.mark.parametrize("script", [dpo, dgpo])
+def test_pairs_and_groups_are_compared_with_what_is_asked_for(watched, tapes, script, reference):
+    trails = "--train.off-policy --train.old-decay-slope 0.2 --train.old-decay-max 0.7 --train.kl-beta 0.1"
+    asked = [f"--train.{script.__name__}-reference", reference]
+    _, given, velocities, seeds = watched(script, *trails.split(), *asked)
+    old, base = Watched.made
+    for v, v_ref, v_old, *_ in given:
+        assert velocities[id(v)][0] is None and velocities[id(v_ref)][0] is (base if reference == "base" else old)
+        if script is dgpo:
+            assert velocities[id(v_old)][0] is old
+    assert len(given) == 8 and [len({*each}) for each in seeds] == [1] * 8 == [1] * len({*sum(seeds, [])})
+    reward = rewards.make_reward({"jpeg_compressibility": 1.0}, "cpu")
+    for *_, x0, _, advantages, size, beta, adv_clip, clip in given if script is dgpo else ():
+        (tape,) = (tape for tape in tapes if tape.x0 is x0)  # of one group
+        totals = reward(tape.images, tape.rows)["total"]
+        assert torch.equal(advantages, common.group_advantages(totals, 4))
+        assert (size, beta, adv_clip, clip) == (4, 125.0, 5.0, 1.6e-2)
+    assert_trails(old, [0.4, 0.7])
 
 
 def test_dpo_of_equal_rewards_learns_nothing(start, tmp_path):  # O3

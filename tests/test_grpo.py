@@ -199,8 +199,11 @@ def test_what_a_run_trains_on(start, monkeypatch, tapes):
     assert loss - policy_loss == pytest.approx(100 * penalty, rel=1e-3) and penalty > 0
 
 
-def test_the_average_is_evaluated_and_left(start):
-    folder = start(grpo, "--train.max-epochs", 1, "--train.ema-decay", 0.9, "--train.ema-update-interval", 1)
+@pytest.mark.parametrize("script", [grpo, nft])
+def test_the_average_is_evaluated_and_left(start, script):
+    average = ("--train.ema-decay", 0.9, "--train.ema-update-interval", 1)
+    folder = start(script, "--train.max-epochs", 1, *average, "--eval.reward", "shapes=1")
+    assert "eval/shapes" in read_csv(folder / "metrics.csv")[1]
     (saved,) = folder.glob("checkpoints/epoch_0001*/*.safetensors")
     saved, lora, changed = load_file(saved), load_file(folder / "lora/pytorch_lora_weights.safetensors"), 0
     for name, tensor in lora.items():
@@ -208,6 +211,19 @@ def test_the_average_is_evaluated_and_left(start):
         assert torch.equal(tensor, average)
         changed += not torch.equal(tensor, policy)
     assert changed
+
+
+@pytest.mark.parametrize("script", [grpo, grpo_guard, nft])
+def test_every_epoch_draws_its_own(start, monkeypatch, script):
+    drawn = []
+    for room, name, place in ((script, "drawn_steps", 1), (common, "epoch_calls", 3), (common, "minibatches", 1)):
+        plain = getattr(room, name)
+        watched = lambda *a, f=plain, n=name, i=place: drawn.append((n, a[i])) or f(*a)  # noqa: E731
+        monkeypatch.setattr(room, name, watched)
+    monkeypatch.setattr(script, "first_step_contract", lambda *_: None)
+    start(script)
+    names = ("drawn_steps", "epoch_calls", "minibatches")
+    assert drawn == [("drawn_steps", 1), *((name, epoch) for epoch in (1, 2) for name in names)]  # first the plan
 
 
 @pytest.mark.parametrize("options", ["--train.gradient-step-per-epoch 1", "--train.train-steps 1"])

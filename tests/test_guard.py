@@ -203,6 +203,9 @@ def test_one_update_is_on_policy_and_its_loss_divided_by_the_step_length(run):  
     scheduler.set_timesteps(4)
     h = (scheduler.sigmas[1] - scheduler.sigmas[2]).item()
     assert norms[0] * h == pytest.approx(norms[1], rel=1e-4) and policy_losses[0] == policy_losses[1]
+    row = run("--train.max-epochs", 1, "--train.train-steps", 1, "--train.kl-beta", 100, name="kl")[1]
+    loss, policy_loss, penalty = (float(row[f"train/{name}"]) for name in ("loss", "policy_loss", "kl_penalty"))
+    assert loss - policy_loss / h == pytest.approx(100 * penalty, rel=1e-3) and penalty > 0  # which is not divided
 
 
 def test_what_a_run_trains_on(run, monkeypatch, tapes):

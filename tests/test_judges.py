@@ -197,6 +197,9 @@ def test_clip_scores_are_those_of_the_model_itself(clip_folder, options_of, heig
     for name in ("clipscore", "hpsv2"):
         assert torch.allclose(scores[name], scaled / model.logit_scale.exp(), atol=1e-5)
     assert torch.allclose(scores["aesthetic"], head(8)(out.image_embeds)[:, 0], atol=1e-4)
+    half = clip.Clip("cpu", str(clip_folder), dtype="bfloat16")
+    for vectors in (half.images(to_pil(images)), half.prompts(PROMPTS)):  # of length 1 in float32
+        assert torch.allclose(vectors.norm(dim=1), torch.ones(4), atol=1e-6)
 
 
 def test_the_aesthetic_head_from_a_folder_or_a_file(clip_folder, tmp_path):
@@ -262,6 +265,7 @@ def test_the_default_processor_is_the_models_own_where_it_has_one(clip_folder, m
         ("clipscore", {"clipscore.model": "a/b-v1.0", "clipscore.processor": None}, "a/b-v1.0"),
         ("clipscore", {"clipscore.model": "a/b", "clipscore.processor": "c/d"}, "c/d"),
         ("hpsv2", {}, "openai/clip-vit-base-patch32"),
+        ("pickscore", {}, "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
     ]:
         make_reward({name: 1.0}, "cpu", options)
         assert asked[-2:] == [processor] * 2
@@ -323,6 +327,8 @@ def test_red_is_not_read_as_blue(read, monkeypatch):
     monkeypatch.setattr(rapidocr_onnxruntime.RapidOCR, "__call__", lambda self, image, **_: (seen.append(image), None))
     read(torch.tensor([1.0, 0.5, 0.0])[None, :, None, None].expand(1, 3, 128, 128), ["'a'"])
     assert seen[0][0, 0].tolist() == [0, 128, 255]  # the reader takes BGR
+    read((torch.arange(64) > 31).float().expand(1, 3, 32, 64), ["'a'"])
+    assert seen[1].shape == (128, 256, 3) and len(np.unique(seen[1])) > 2  # enlarged by the shorter side, smoothly
 
 
 @pytest.mark.parametrize(
@@ -369,6 +375,8 @@ def a(thing):
 def test_every_class_colour_number_and_relation_is_read_from_its_prompt_or_from_its_row():
     objects, colours = geneval.OBJECTS, geneval.COLOURS
     assert len(set(objects)) == 80
+    for n, word in enumerate(["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], start=2):
+        assert geneval.parse(f"a photo of {word} dogs")["include"] == [{"class": "dog", "count": n}]
     for i, (name, beside) in enumerate(zip(objects, objects[7:] + objects[:7], strict=True)):
         red, blue, place = colours[i % 10], colours[(i + 3) % 10], geneval.RELATIONS[i % 4]
         number, n = ("two", "three", "four")[i % 3], 2 + i % 3
@@ -525,7 +533,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", [rt_detr, yolos])
-def test_the_detector_finds_by_genevals_names(saved, clip_folder, kind):
+def test_the_detector_finds_by_genevals_names(saved, clip_folder, monkeypatch, kind):
     images = torch.rand(3, 3, 48, 40, generator=torch.Generator().manual_seed(0))
     prompts = ["a photo of four tvs", "a photo of three tvs", "a photo of a tv"]
     rows = [{"include": [{"class": "tv", "count": count}]} for count in (4, 5, 6)]
@@ -538,6 +546,9 @@ def test_the_detector_finds_by_genevals_names(saved, clip_folder, kind):
     assert found(rows=rows) == pytest.approx([1, 4 / 5, 4 / 6])
     assert found(strict=True, counting_threshold=1.0) == [0, 0, 1]  # which is that of counts alone
     assert found(None, strict=True, threshold=0.9) == [0, 0, 0]
+    least = []
+    monkeypatch.setattr(geneval, "surest", lambda detections, threshold: least.append(threshold) or {})
+    assert found(strict=True) == [0, 0, 0] and least == [0.9, 0.9, 0.3]  # the defaults, of counts and of others
 
 
 def test_geneval_is_the_same_in_batches_of_any_size_and_every_time(saved, clip_folder):
@@ -776,6 +787,8 @@ def test_the_question_by_default(judge):
     vlm.vlm("cpu", judge.url, low=1, high=5)(GREYS[2:3], ["a {low} red circle"])
     (question,) = times_asked(judge)
     assert "Prompt: a {low} red circle\n" in question and "from 1 (not at all) to 5 (perfectly)" in question
+    judge.faults["Does the image show what this prompt asks for? Prompt: x\nAnswer Yes or No."] = [likely(Yes=1.0)]
+    assert vlm.vlm("cpu", judge.url, **YES)(GREYS[:1], ["x"]).item() == 1
 
 
 def test_the_key_comes_from_the_environment(judge, monkeypatch):

@@ -73,6 +73,34 @@ def test_a_run_on_a_quantised_base(start, monkeypatch, kind, script):
     assert scores.tolist() == pytest.approx([float(row["total"]) for row in found], abs=1e-6)
 
 
+def test_what_is_made_is_what_was_asked_for(monkeypatch):
+    """New adapters of the seed, normal, of std 1 / rank; the VAE's modes; threads; what of the weights in few bits."""
+    made, threads = [], []
+    for seed in (0, 1, 1):
+        own = dict(vae_tiling=True, vae_slicing=True, train=grpo.TrainArgs(seed=seed))
+        args = grpo.Args(dtype="float32", lora_rank=8, **own)
+        pipe, policy = machine.make_policy(args, torch.device("cpu"))
+        made.append(torch.cat([p.detach().flatten() for name, p in policy.items() if ".lora_A." in name]))
+        assert pipe.vae.use_tiling and pipe.vae.use_slicing
+    assert torch.equal(made[1], made[2]) and not torch.equal(made[0], made[1])
+    assert made[0].std().item() == pytest.approx(1 / 8, rel=0.03)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    machine.pick_device(grpo.Args(cpu_threads=3, device="cpu"))
+    assert threads == [3]
+
+    def mapping(quant_mapping):
+        return quant_mapping
+
+    for library in (machine.diffusers, machine.transformers):
+        monkeypatch.setattr(library, "BitsAndBytesConfig", lambda *, of=library.__name__, **_: of)
+    monkeypatch.setattr(machine.diffusers, "PipelineQuantizationConfig", mapping)
+    kinds = {"quantization_config": {"transformer": "diffusers"}}
+    assert machine.quantization(grpo.Args(quantize="nf4")) == kinds
+    texts = {name: "transformers" for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
+    found = machine.quantization(grpo.Args(quantize_text="nf4"))["quantization_config"]
+    assert found.items() <= texts.items() and "text_encoder" in found
+
+
 def test_what_is_quantised_is_frozen_and_its_packages_are_there(refused, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert "quantize = 'fp8': is of frozen weights" in refused("--quantize", "fp8", "--finetune-type", "full")

@@ -149,6 +149,7 @@ def test_a_perfect_prediction_is_finite():
     v = torch.ones(2, 4, 3, 3)
     rest = (v, 0.5 * v, torch.zeros_like(v), 0.5, torch.ones(2), 1.0, C)
     assert nft_loss(v, *rest)[0] == 0 and (loss_gradient(v, *rest) == 0).all()
+    assert nft_loss(v + 1e-3, *rest)[0].item() == pytest.approx(C * 5e-4, rel=1e-3)  # beside it of an error's size
 
 
 def test_half_precision_is_computed_in_float32_and_shapes_are_checked():
@@ -329,3 +330,14 @@ def test_the_penalty_reaches_the_gradient(run):
     # of the first two updates, before the KL acts
     assert weak["train/v_ref_distance"] == strong["train/v_ref_distance"]
     assert float(strong["train/grad_norm"]) > 10 * float(weak["train/grad_norm"])
+    loss, policy_loss, penalty = (float(strong[f"train/{name}"]) for name in ("loss", "policy_loss", "v_ref_distance"))
+    assert loss - policy_loss == pytest.approx(1e3 * penalty, rel=1e-3) and penalty > 0
+
+
+def test_the_noise_of_training_is_new_in_every_epoch_and_for_every_seed(run, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(nft, "first_step_contract", lambda *_: None)
+    monkeypatch.setattr(nft, "noised", lambda *a: drawn.extend(g.initial_seed() for g in a[2]) or noised(*a))
+    for seed in (0, 1):
+        run("--train.seed", seed, name=str(seed))
+    assert len({*drawn}) == len(drawn) == 2 * 2 * 2 * 2 * 4  # seeds x epochs x calls x timesteps x images

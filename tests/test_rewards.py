@@ -1,5 +1,6 @@
 """Rewards: the weighted sum, users' own functions, options, and what a stranger's file may ask for."""
 
+import io
 import re
 import sys
 from contextlib import nullcontext
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import rewards
+from harness.judges.weights import to_pil
 from rewards import RewardError, check_rewards, check_untrusted, make_reward, make_rewards
 
 IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -33,6 +35,8 @@ def test_jpeg_rewards():
     assert scores["jpeg_compressibility"][0] > scores["jpeg_compressibility"][1]
     assert torch.equal(scores["jpeg_compressibility"], -scores["jpeg_incompressibility"])
     assert torch.allclose(scores["total"], 2 * scores["jpeg_incompressibility"])
+    to_pil(images)[1].save(file := io.BytesIO(), "JPEG", quality=95)
+    assert scores["jpeg_incompressibility"][1].item() == pytest.approx(len(file.getvalue()) / 1000)
 
 
 # A user's own function
