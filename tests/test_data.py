@@ -51,6 +51,8 @@ def test_image_to_image_sees_its_pictures_and_rewards_their_rows(start, edits, t
     assert "contract holds: max |log ratio| of the first call 0" in (folder / "log.txt").read_text()
     rows = read_csv(folder / "metrics.csv")  # `number` goes to the reward alone
     assert len(rows) == 3 and 1 < float(rows[0]["eval/total"]) < 2  # numbers 0, 1 and 2, and a mean brightness
+    given = [data.with_pictures(row)["image"].getpixel((0, 0)) for row in data.read_rows(tmp_path / "rows.jsonl")]
+    assert given == [(0, 0, 99), (80, 0, 99), (160, 0, 99)]
     for picture in tmp_path.glob("*.png"):
         Image.new("RGB", (40, 40), "white").save(picture)
     data.picture.cache_clear()
@@ -95,7 +97,11 @@ def test_rows_are_drawn_by_their_weights():
     drawn = [row["prompt"] for epoch in range(1, 1001) for row in common.epoch_rows(rows, 1, 0, epoch)]
     assert drawn.count("0") == 0 and drawn.count("2") == pytest.approx(750, abs=60)
     assert common.epoch_rows(rows, 2, 0, 7) == common.epoch_rows(rows, 2, 0, 7)
-    assert {row["prompt"] for row in common.epoch_rows(rows, 2, 0, 7)} == {"1", "2"}  # each once, if there are enough
+    twos = [[common.epoch_rows(rows, 2, seed, epoch) for epoch in range(1, 21)] for seed in (0, 1)]
+    assert all({row["prompt"] for row in two} == {"1", "2"} for two in twos[0])  # each once, if there are enough
+    assert twos[0] != twos[1]
+    without = [rows[2], {"prompt": "x"}]  # has the weight 1
+    assert {row["prompt"] for row in common.epoch_rows(without, 2, 0, 1)} == {"2", "x"}
 
 
 # Adapters to begin with

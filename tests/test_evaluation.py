@@ -18,7 +18,9 @@ import nft
 import rewards
 from common import gdpo_advantages
 from harness import arguments, evaluation
+from harness import run as harness_run
 from harness.evaluation import image_statistics
+from harness.judges.weights import pixels
 
 BRIGHTNESS = f"{MINE}:smooth"
 SCRIPTS = pytest.mark.parametrize("script", [grpo, grpo_guard, nft], ids=lambda script: script.__name__)
@@ -93,6 +95,13 @@ def test_how_groups_look_does_not_depend_on_the_calls(calls):
     assert torch.allclose(means["group_spread"], images.reshape(3, 4, 3, 8, 8).std(dim=1).mean())
 
 
+def test_metrics_of_rewards_in_closed_form():
+    totals = torch.tensor([0.0, 2.0, 5.0, 5.0, 1.0, 7.0])  # in groups of two, of std 1, 0 and 3
+    metrics = evaluation.epoch_metrics({"a": totals / 2, "total": totals}, {"contrast": 9}, 2)
+    expected = {"reward/a": 10 / 6, "reward/total": 20 / 6, "reward_std": 4 / 3, "zero_std": 1 / 3, "contrast": 9}
+    assert metrics == pytest.approx(expected)
+
+
 @SCRIPTS
 def test_a_failing_reward_ends_the_run_at_once(start, monkeypatch, tmp_path, script):
     (tmp_path / "mine.py").write_text(
@@ -111,7 +120,9 @@ def test_a_failing_reward_ends_the_run_at_once(start, monkeypatch, tmp_path, scr
     assert prompt in (tmp_path / "train.txt").read_text() and Image.open(kept / "0003.png").size == (32, 32)
 
 
-def test_evaluation_has_rewards_and_prompts_of_its_own(run, refused, tmp_path):
+def test_evaluation_has_rewards_and_prompts_of_its_own(run, refused, tmp_path, monkeypatch):
+    grids = []
+    monkeypatch.setattr(harness_run, "save_grid", lambda *args: grids.append(args))
     (tmp_path / "other.txt").write_text("an astronaut on a horse\n")  # which the reward of evaluation cannot score
     asked = ["--eval.reward", f"{BRIGHTNESS}=2", "shapes=0.5", "--eval.images-per-prompt", 2]
     folder = run("--prompts", tmp_path / "other.txt", *asked, name="first")
@@ -120,6 +131,10 @@ def test_evaluation_has_rewards_and_prompts_of_its_own(run, refused, tmp_path):
     assert last["eval/jpeg_compressibility"] < 0 > last["train/reward/total"]
     assert f"train/reward/{BRIGHTNESS}" not in last
     kept = read_csv(folder / "images" / "epoch_0002.csv")
+    totals = [[float(row["total"]) for row in read_csv(folder / "images" / f"epoch_000{n}.csv")] for n in (0, 2)]
+    (_, shown, _, at_base, _), (*_, at_end, base) = grids  # each with its own, the base model's beside them
+    assert [at_base.tolist(), at_end.tolist()] == totals and base[1].tolist() == totals[0] != totals[1]
+    assert base[0].keys() == shown.keys() and all(np.array_equal(base[0][i], shown[i]) for i in shown)
     assert {*kept[0]} == {"prompt", "jpeg_compressibility", BRIGHTNESS, "shapes", "total"} and len(kept) == 4
     again, _ = arguments.parse_args(grpo.Args, "", ["--config", str(folder / "args.yaml")])
     assert again.eval.reward == {BRIGHTNESS: 2, "shapes": 0.5}
@@ -159,18 +174,32 @@ def test_statistics_in_closed_form():
 
 
 def test_statistics_are_logged_after_the_rewards(run, seen, capsys):
-    base = ["--reward", "spy=1", "--train.max-epochs", 0]
-    row = read_csv(run(*base, "--eval.images-per-prompt", 3, name="three") / "metrics.csv")[0]
+    base = ["--reward", "spy=1", "--train.max-epochs", 0, "--eval.per-device-batch-size", 2]
+    folder = run(*base, "--eval.images-per-prompt", 3, name="three")
+    row = read_csv(folder / "metrics.csv")[0]
     names = ["mean", "contrast", "sharpness", "edge_density", "saturation", "group_spread"]
     columns = [name for name in row if name.startswith("eval/")]
     assert columns == ["eval/total", "eval/spy", *(f"eval/image/{name}" for name in names)]
     images = torch.cat([images for images, _ in seen])
     spread = torch.stack([images[:3].std(dim=0), images[3:].std(dim=0)]).mean().item()
-    assert float(row["eval/image/group_spread"]) == pytest.approx(spread)
+    assert float(row["eval/image/group_spread"]) == pytest.approx(spread) and spread > 0.01
+    assert np.array_equal(np.load(folder / "images" / "base.npz")["shown"][:, 0], pixels(images))
     assert float(row["eval/image/sharpness"]) == pytest.approx(image_statistics(images)["sharpness"].mean().item())
     console = capsys.readouterr().out
     assert "eval/spy" in console and "eval/image" not in console
     assert "eval/image/group_spread" not in read_csv(run(*base, name="one") / "metrics.csv")[0]
+
+
+def test_frames_of_videos_are_shown_evenly():
+    class Pipeline:
+        components = {}
+
+        def __call__(self, prompt, generator, output_type, return_dict):
+            return (torch.arange(21).reshape(1, 21, 1, 1, 1).expand(len(prompt), 21, 3, 8, 8) / 255,)
+
+    reward = rewards.make_reward({BRIGHTNESS: 1.0}, "cpu")
+    *_, shown = evaluation.evaluate(Pipeline(), grpo.Args(), ROWS[:1] * 40, reward)
+    assert [*shown] == evaluation.evenly(40, 32) and shown[39][:, 0, 0, 0].tolist() == evaluation.evenly(21, 8)
 
 
 def test_grids_of_many_images(tmp_path):
@@ -199,6 +228,8 @@ def test_captions_fill_their_lines(tmp_path, monkeypatch):
     evaluation.save_grid(tmp_path / "grid.png", shown, prompts, [0.5] * 3, (shown, [0.25] * 3))
     assert said[:2] == ["a red circle\n0.5", f"{'x' * 21}\n{'x' * 9} and more\n0.5"]
     assert said[2:4] == [f"{'红' * 21}\n{'红' * 21}\n0.5", "a red circle\nbase 0.25 | policy 0.5"]
+    evaluation.save_grid(tmp_path / "grid.png", {2: shown[2]}, ["a", "b", "c"], [0.1, 0.2, 0.3], (shown, [1, 2, 3]))
+    assert said[6:] == ["c\nbase 3 | policy 0.3"]  # of many images, some are shown
 
 
 def test_the_curve_is_of_what_was_evaluated(tmp_path, monkeypatch):
@@ -231,7 +262,7 @@ def test_saved_weights_reproduce_the_evaluation_in_plain_diffusers(run, seen, tm
     tiny_pipelines.FAMILIES[family]()[0].save_pretrained(tmp_path / "tiny")
     argv = ["--model", tmp_path / "tiny", "--dtype", dtype, "--finetune-type", finetune_type, "--lora-alpha", 6]
     argv += ["--train.resolution", 8, "--eval.resolution", 8, "--call", "max_sequence_length=48", "--reward", "spy=1"]
-    folder = run(*argv, "--train.ema-decay", 0, "--train.learning-rate", 0.02)
+    folder = run(*argv, "--train.ema-decay", 0.5, "--train.ema-update-interval", 1, "--train.learning-rate", 0.02)
     args, _ = arguments.parse_args(grpo.Args, "", ["--config", str(folder / "args.yaml")])
     images, prompts = seen[-1]
     assert {i.dtype for i, _ in seen} == {torch.float32}

@@ -45,16 +45,19 @@ def test_guidance_without_effect_is_said(make_pipe, call):
 
 def test_a_pipeline_is_given_what_it_takes():
     class Pipeline:
-        def __call__(self, prompt, negative_prompt, height, width, num_inference_steps, generator):
+        def __call__(self, prompt, negative_prompt, image, height, width, num_inference_steps, generator):
             pass
 
     section = SimpleNamespace(resolution=(32, 48), num_inference_steps=3, guidance_scale=4.5)
-    rows = [{"prompt": prompt, "negative_prompt": "b", "weight": 2, "other": 1} for prompt in "ac"]
+    row = {"negative_prompt": "b", "weight": 2, "other": 1}
+    rows = [row | {"prompt": prompt, "image": f"{prompt}.png"} for prompt in "ac"]
     given = dict(prompt=["a", "c"], negative_prompt=["b", "b"], height=32, width=48, num_inference_steps=3)
-    assert common.call_arguments(Pipeline(), section, {}, rows) == given
+    given["image"] = ["a.png", "c.png"]  # each row's own
+    for extra in ({}, {"negative_prompt": "of all"}):  # a row's own counts
+        assert common.call_arguments(Pipeline(), section, extra, rows) == given
 
 
-def test_rewards_draw_from_generators_of_the_epoch(make_pipe):
+def test_rewards_draw_from_generators_of_the_epoch(make_pipe, monkeypatch):
     pipe, _ = make_pipe()
     args = grpo.Args(train=grpo.TrainArgs(unique_sample_num_per_epoch=1))
 
@@ -63,7 +66,20 @@ def test_rewards_draw_from_generators_of_the_epoch(make_pipe):
         return torch.rand(1).item(), np.random.rand(), random.random()
 
     first, second, again = map(drawn, (1, 2, 1))
-    assert first == again and not {*first} & {*second}
+    monkeypatch.setattr(common, "rank", lambda: 1)
+    of_another_process = drawn(1)
+    args.train.seed = 1
+    assert first == again and len({*first, *second, *of_another_process, *drawn(1)}) == 12
+
+
+def test_adapters_begin_with_numbers_of_the_seed():
+    def begun(seed):
+        pipe = common.load_pipeline(grpo.Args.model, None, torch.float32)
+        policy = common.trainable_parameters(pipe, grpo.Args(lora_rank=2), seed)
+        return torch.cat([p.flatten() for p in policy.values()])
+
+    first, second, again = map(begun, (0, 1, 0))
+    assert torch.equal(first, again) and not torch.equal(first, second)
 
 
 def test_every_noise_of_a_run_is_its_own(make_pipe):
@@ -71,6 +87,8 @@ def test_every_noise_of_a_run_is_its_own(make_pipe):
     pipe, rows = make_pipe()[0], [{"prompt": "a red circle"}] * 2
     args = grpo.Args(train=grpo.TrainArgs(unique_sample_num_per_epoch=2, group_size=2, per_device_batch_size=2))
     for shared, count in ((False, 16), (True, 12)):
-        calls = [call for epoch in (1, 2) for call in common.epoch_calls(pipe, args, rows, epoch, shared)]
-        drawn = [g.initial_seed() for call in calls for g in (*call.kwargs["generator"], *call.step_generators)]
-        assert len(drawn) == 16 and len({*drawn}) == count
+        drawn = []
+        for args.train.seed in (0, 1):
+            calls = [call for epoch in (1, 2) for call in common.epoch_calls(pipe, args, rows, epoch, shared)]
+            drawn += [g.initial_seed() for call in calls for g in (*call.kwargs["generator"], *call.step_generators)]
+        assert len(drawn) == 2 * 16 and len({*drawn}) == 2 * count

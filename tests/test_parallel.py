@@ -166,7 +166,10 @@ def test_the_calls_of_an_update_do_not_depend_on_the_processes(monkeypatch, coun
     alone = [set(chunk) for chunk in common.minibatches(train, 3)]
     assert alone != [set(chunk) for chunk in common.minibatches(train, 4)] or updates == 1
     assert [set().union(*alone[i : i + updates]) for i in range(0, len(alone), updates)] == [set(range(16))] * passes
-    found = [set() for _ in alone]
+    assert len({tuple(sorted(calls)) for calls in alone}) == (1 if updates == 1 else len(alone))  # each pass anew
+    train.seed = 1
+    assert alone != [set(chunk) for chunk in common.minibatches(train, 3)] or updates == 1
+    train.seed, found = 0, [set() for _ in alone]
     monkeypatch.setattr(parallel, "world_size", lambda: count)
     for rank in range(count):
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)

@@ -122,6 +122,8 @@ def test_replay_is_the_rollout(made):
         assert taken.log_prob.shape == (len(made.call["prompt"]),) and taken.velocity.std() > 0
         gradients = torch.autograd.grad(step.log_prob.sum(), made.parameters, allow_unused=True)
         assert sum(g.float().square().sum() for g in gradients if g is not None) > 0, f"gradient of step {k}"
+    steps = made.tape.steps
+    assert all(torch.equal(taken.x_next, steps[k + 1].x) for k, taken in steps.items() if k + 1 in steps)
 
 
 def test_what_is_known_already_changes_nothing(made, family):
@@ -249,6 +251,8 @@ def test_a_schedule_that_begins_in_the_middle():
     pipe, call = fresh("sd3_image_to_image")
     levels = sample(pipe, call | {"strength": 1.0}).sigmas
     assert torch.equal(sample(pipe, call).sigmas, levels[1:])
+    std = sample(pipe, call, [0]).steps[0].std  # which is no first step of Flow-SDE, at a noise level of 1
+    assert torch.allclose(std, 0.7 * (levels[1] / (1 - levels[1]) * (levels[1] - levels[2])).sqrt())
     with pytest.raises(common.CannotReplay, match="step 3 is beyond the last: this call takes 3 steps"):
         sample(pipe, call, [3])
     with pytest.raises(common.CannotReplay, match="StableDiffusion3Img2ImgPipeline begins in the middle"):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from conftest import SMALL, read_csv
+from conftest import MINE, SMALL, read_csv
 from diffusers import StableDiffusion3Pipeline
 
 import common
@@ -69,13 +69,15 @@ def test_refusal_from_the_shell(tmp_path):
 
 
 def test_the_same_command_twice_and_by_its_own_arguments(run):
-    first = run("--train.kl-beta", 0.04, name="a")
+    options = "--train.kl-beta", 0.04, "--reward", f"{MINE}:noisy=1"
+    first = run(*options, name="a")
     again, _ = arguments.parse_args(grpo.Args, "", ["--config", str(first / "args.yaml")])
     assert (first / "args.yaml").read_text() == to_yaml(arguments.repeatable(again))
-    first, second = (read_csv(f / "metrics.csv") for f in (first, run("--train.kl-beta", 0.04, name="b")))
+    first, second = (read_csv(f / "metrics.csv") for f in (first, run(*options, name="b")))
     assert [row | {"seconds": 0} for row in first] == [row | {"seconds": 0} for row in second]
-    other = read_csv(run("--train.seed", 1, "--train.kl-beta", 0.04, name="c") / "metrics.csv")
+    other = read_csv(run(*options, "--train.seed", 1, name="c") / "metrics.csv")
     assert other[1]["train/contrast"] != first[1]["train/contrast"]
+    assert other[0]["eval/total"] == first[0]["eval/total"]  # of the seed of evaluation alone
 
 
 @pytest.mark.parametrize(
@@ -246,12 +248,20 @@ def test_what_a_run_leaves_is_as_readable_as_its_folder(tmp_path):
     assert (tmp_path / "new" / "weights").stat().st_mode & 0o777 == 0o640
 
 
+def test_the_last_lines_are_of_the_last_evaluation():
+    rows, said = [{"eval/total": 1.0}, {}, {"eval/total": 3.0}, {"eval/total": 2.0, "images": 16}], []
+    run = SimpleNamespace(folder="runs/x", rows=rows, args=RunArgs(), print=said.append)
+    harness_run.Run.finish(run, None)
+    assert said[0].startswith("done: eval/total 1.000 -> 2.000 in 16 images; in runs/x ")
+
+
 def test_prompts_come_from_seed_and_epoch():
     rows = [f"p{i}" for i in range(10)]
     epochs = [common.epoch_rows(rows, 4, 0, e) for e in range(1, 6)]
     assert sorted(sum(epochs, [])) == sorted(rows * 2)  # each once in every pass
     assert epochs[3] == common.epoch_rows(rows, 4, 0, 4)
     assert epochs != [common.epoch_rows(rows, 4, 1, e) for e in range(1, 6)]
+    assert common.epoch_rows(rows, 10, 0, 1) != common.epoch_rows(rows, 10, 0, 2)  # each pass in an order of its own
     assert len(common.epoch_rows(rows, 25, 0, 1)) == 25
 
 
