@@ -72,16 +72,6 @@ def test_rewards_draw_from_generators_of_the_epoch(make_pipe, monkeypatch):
     assert first == again and len({*first, *second, *of_another_process, *drawn(1)}) == 12
 
 
-def test_adapters_begin_with_numbers_of_the_seed():
-    def begun(seed):
-        pipe = common.load_pipeline(grpo.Args.model, None, torch.float32)
-        policy = common.trainable_parameters(pipe, grpo.Args(lora_rank=2), seed)
-        return torch.cat([p.flatten() for p in policy.values()])
-
-    first, second, again = map(begun, (0, 1, 0))
-    assert torch.equal(first, again) and not torch.equal(first, second)
-
-
 def test_every_noise_of_a_run_is_its_own(make_pipe):
     """Of each image at its start and in its steps; but for starts that a group shares on purpose."""
     pipe, rows = make_pipe()[0], [{"prompt": "a red circle"}] * 2
