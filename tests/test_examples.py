@@ -280,21 +280,14 @@ def watched(start, monkeypatch):
     return call
 
 
-def assert_trails(snapshot, decays):
-    expected = snapshot.first
-    for decay, (policy, trailing) in zip(decays, snapshot.updates, strict=True):
-        expected = [decay * a + (1 - decay) * b for a, b in zip(expected, policy, strict=True)]
-        torch.testing.assert_close(trailing, expected, rtol=1e-5, atol=1e-7)
-
-
 def test_awm_samples_by_the_policy_and_is_held_by_an_average(watched, tapes):
     loss = "--train.clip-range 1e-3 --train.adv-clip-range 3 --train.weighting huber --train.ghuber-power 0.5"
     held = "--train.old-decay-slope 0.2 --train.old-decay-max 0.7 --train.kl-beta 0.1 --train.ema-beta 3"
     folder, given, velocities, seeds = watched(awm, *loss.split(), *held.split())
     old, average, reference = Watched.made
     assert [of for of, _ in velocities.values()] == [old, reference, None, average] * 8
-    assert_trails(old, [0, 0])
-    assert_trails(average, [0.4, 0.7])
+    old.assert_trails([0, 0])
+    average.assert_trails([0.4, 0.7])
     for row in read_csv(folder / "metrics.csv")[1:]:
         names = ("loss", "policy_loss", "v_ref_distance", "v_average_distance")
         loss, policy_loss, *penalties = (float(row[f"train/{name}"]) for name in names)
@@ -328,7 +321,7 @@ def test_pairs_and_groups_are_compared_with_what_is_asked_for(watched, tapes, sc
         totals = reward(tape.images, tape.rows)["total"]
         assert torch.equal(advantages, common.group_advantages(totals, 4))
         assert (size, beta, adv_clip, clip) == (4, 125.0, 5.0, 1.6e-2)
-    assert_trails(old, [0.4, 0.7])
+    old.assert_trails([0.4, 0.7])
 
 
 def test_dpo_of_equal_rewards_learns_nothing(start, tmp_path):  # O3

@@ -217,6 +217,10 @@ def test_the_solver_is_that_of_the_rollouts(run, tapes):
     assert euler["train/contrast"] != solver["train/contrast"]
 
 
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 class Watched(Snapshot):
     """A Snapshot that tells when it is loaded, and what the parameters and its values are after each update."""
 
@@ -239,6 +243,16 @@ class Watched(Snapshot):
     def update(self, decay):
         super().update(decay)
         self.updates.append([[p.detach().clone() for p in those] for those in (self.parameters, self.values)])
+
+    def assert_trails(self, decays):
+        """That it is the average by these decays, one for each update, of a policy that moved before each."""
+        expected, before = [p.double() for p in self.first], self.first
+        for decay, (policy, values) in zip(decays, self.updates, strict=True):
+            expected = [decay * a + (1 - decay) * b.double() for a, b in zip(expected, policy, strict=True)]
+            pairs = zip(values, expected, strict=True)
+            assert all(torch.allclose(a.double(), b, rtol=1e-5, atol=1e-7) for a, b in pairs)
+            assert same(values, policy) == (decay == 0) and not same(policy, before)
+            before = policy
 
 
 OLD_POLICIES = [
@@ -269,21 +283,13 @@ def test_parameter_sets_of_a_run(run, monkeypatch, options, decays):  # N7; load
             assert float(row[f"train/{name}"]) > 0, name  # the second update of an epoch is away from the old policy
         assert float(row["train/old_decay"]) == pytest.approx(decay) and float(row["train/zero_std"]) == 0
 
-    def same(a, b):
-        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
     old, reference = Watched.made[:2]
     assert old.place == reference.place == ("cpu" if "cpu" in options else None)
     assert samplers == 6 * [old]  # epochs x calls
     # in each of epochs x calls x timesteps: old and base without a gradient, the policy with one
     assert forwards[-36:] == 12 * [(old, False), (reference, False), (None, True)]
     assert same(reference.first, old.first) and same(reference.values, old.first)
-    expected, before = [p.double() for p in old.first], old.first
-    for decay, (policy, trailing) in zip(decays, old.updates, strict=True):
-        expected = [decay * a + (1 - decay) * b.double() for a, b in zip(expected, policy, strict=True)]
-        assert all(torch.allclose(a.double(), b, rtol=1e-5, atol=1e-7) for a, b in zip(trailing, expected, strict=True))
-        assert same(trailing, policy) == (decay == 0) and not same(policy, before)
-        before = policy
+    old.assert_trails(decays)
 
 
 def test_a_run_depends_on_the_final_latents_alone(run, monkeypatch):  # N8
